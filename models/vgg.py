@@ -1,0 +1,84 @@
+"""The one network of the lab: VGG with batch norm for small images, dense or slim."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+VGG_CFGS: dict[int, list[int | str]] = {
+    11: [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512],
+    13: [64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512],
+    16: [64, 64, "M", 128, 128, "M", *[256] * 3, "M", *[512] * 3, "M", *[512] * 3],
+    19: [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4],
+}
+"""Output channels of each 3×3 convolution in forward order; 'M' is a 2×2 max-pool."""
+
+
+def scale_cfg(cfg: list[int | str], width: float) -> list[int | str]:
+    """The same network with `width` times as many channels in every layer (at least 1)."""
+    return [v if v == "M" else max(1, round(v * width)) for v in cfg]
+
+
+def check_cfg(cfg: list[int | str]) -> None:
+    """Raise ValueError unless `cfg` is a list of channel counts ≥ 1 and 'M', with one count at least."""
+    if not isinstance(cfg, list | tuple) or not any(v != "M" for v in cfg):
+        raise ValueError(f"cfg = {cfg!r}: must be a list of channel counts and 'M'")
+    for v in cfg:
+        if v != "M" and (not isinstance(v, int) or isinstance(v, bool) or v < 1):
+            raise ValueError(f"cfg has the entry {v!r}: each must be a whole number ≥ 1, or 'M'")
+
+
+class VGG(nn.Module):
+    """VGG with batch norm (Simonyan & Zisserman 2015) as Network Slimming uses it on CIFAR-10.
+
+    `cfg` gives the widths of a slim network; without it the dense `VGG_CFGS[depth]` is built.
+    Input: (batch, 3, height, width), 32×32 in this lab. Output: logits (batch, num_classes).
+    Raises ValueError for an unknown depth, a malformed cfg or num_classes < 1.
+
+    `feature` and `classifier` are the names of the original lab, so its checkpoints load.
+    """
+
+    def __init__(
+        self, cfg: list[int | str] | None = None, *, depth: int = 19, num_classes: int = 10
+    ) -> None:
+        super().__init__()
+        if cfg is None:
+            if depth not in VGG_CFGS:
+                raise ValueError(f"depth = {depth!r}: must be one of {sorted(VGG_CFGS)}")
+            cfg = VGG_CFGS[depth]
+        check_cfg(cfg)
+        if num_classes < 1:
+            raise ValueError(f"num_classes = {num_classes!r}: must be at least 1")
+        self.cfg = list(cfg)
+
+        layers: list[nn.Module] = []
+        channels = 3
+        for v in self.cfg:
+            if v == "M":
+                layers.append(nn.MaxPool2d(2))
+                continue
+            # No bias: the batch norm that follows has its own shift, β.
+            layers.append(nn.Conv2d(channels, v, kernel_size=3, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(v))
+            layers.append(nn.ReLU(inplace=True))
+            channels = v
+        self.feature = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / fan_out))
+            elif isinstance(m, nn.BatchNorm2d):
+                # γ starts at 0.5, not 1: from there lr·λ can take an unneeded γ to 0 before lr drops.
+                nn.init.constant_(m.weight, 0.5)
+                nn.init.zeros_(m.bias)
+            elif isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, 0, 0.01)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.feature(images)  # (batch, channels, 2, 2) for 32×32 images
+        return self.classifier(torch.mean(maps, dim=(2, 3)))
