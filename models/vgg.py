@@ -20,7 +20,7 @@ def scale_cfg(cfg: list[int | str], width: float) -> list[int | str]:
 
 
 def check_cfg(cfg: list[int | str]) -> None:
-    """Raise ValueError unless `cfg` is a list of channel counts ≥ 1 and 'M', with one count at least."""
+    """Raise ValueError unless `cfg` is a list of channel counts ≥ 1 and 'M'."""
     if not isinstance(cfg, list | tuple) or not any(v != "M" for v in cfg):
         raise ValueError(f"cfg = {cfg!r}: must be a list of channel counts and 'M'")
     for v in cfg:
@@ -72,7 +72,7 @@ class VGG(nn.Module):
                 fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
                 nn.init.normal_(m.weight, 0, math.sqrt(2 / fan_out))
             elif isinstance(m, nn.BatchNorm2d):
-                # γ starts at 0.5, not 1: from there lr·λ can take an unneeded γ to 0 before lr drops.
+                # From 0.5, not 1, lr·λ can take an unneeded γ to 0 before the lr drops.
                 nn.init.constant_(m.weight, 0.5)
                 nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Linear):

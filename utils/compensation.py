@@ -12,7 +12,7 @@ from utils.pruning import PruningPlan, mask
 
 
 def absorb_bias(model: VGG, plan: PruningPlan) -> VGG:
-    """The masked network, with what the pruned channels still sent onward moved into the next layer.
+    """The masked network, with what pruned channels still send onward moved into the next layer.
 
     A channel with γ ≈ 0 is a constant map relu(β), through a max-pool too. The next convolution
     turns it into the constant W.sum((2, 3)) @ relu(β), so its BN's running mean is lowered by that;

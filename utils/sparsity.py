@@ -41,7 +41,7 @@ def sparsity(model: nn.Module, eps: float = EPS) -> float:
 
 
 def mass_below(gammas: Tensor, pruning_ratio: float) -> float:
-    """Share of Σ|γ| that the smallest `pruning_ratio` of the channels hold: what a cut would lose."""
+    """Share of Σ|γ| in the smallest `pruning_ratio` of the channels: what a cut would lose."""
     ordered = gammas.abs().double().sort().values
     cut = ordered[: round(len(ordered) * pruning_ratio)]
     return (cut.sum() / ordered.sum().clamp_min(torch.finfo(torch.float64).tiny)).item()

@@ -1,0 +1,219 @@
+"""A checkpoint file that describes itself: saved whole or not at all, and trusted in nothing."""
+
+import contextlib
+import io
+import math
+import os
+import tempfile
+import zipfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.vgg import VGG, check_cfg
+
+FORMAT = 1
+KINDS = ("trained", "slim", "finetuned", "original lab")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that can't be used; the message names the file, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network and where it comes from."""
+
+    kind: str
+    """"trained" (notebook 1), "slim" (2), "finetuned" (3) or "original lab"."""
+    cfg: list[int | str]
+    state_dict: dict[str, Tensor]
+    settings: dict = field(default_factory=dict)
+    """What the network follows from: equal settings, equal network."""
+    history: dict[str, list[float]] = field(default_factory=dict)
+    """A list per quantity, one entry per finished epoch."""
+    optimizer: dict = field(default_factory=dict)
+    """What `fit` needs to go on with the next epoch."""
+    results: dict = field(default_factory=dict)
+    """Numbers measured on this network, for the notebooks that follow."""
+    made_on: dict = field(default_factory=dict)
+    """Hardware and versions."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.state_dict["classifier.bias"])
+
+    def model(self) -> VGG:
+        """The network itself, on the CPU, in evaluation mode."""
+        model = VGG(self.cfg, num_classes=self.num_classes)
+        model.load_state_dict(self.state_dict, strict=True)
+        return model.eval()
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` to `path` whole or not at all: an interruption leaves the old file.
+
+    Raises CheckpointError if the folder can't be written to or the disk is full.
+    """
+    path = Path(path)
+    buffer = io.BytesIO()
+    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    torch.save({"format": FORMAT, **content}, buffer)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        with open(handle, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: could not be written ({error.strerror or error}). What was there before is "
+            "unchanged; make room or choose a folder that can be written to, and run again."
+        ) from error
+    finally:
+        if temporary:
+            with contextlib.suppress(OSError):  # gone already, if all went well
+                os.unlink(temporary)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself last; systems that can't sync a folder (Windows) do without."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
+    """Read and check a checkpoint, this lab's or a `{'cfg', 'state_dict'}` of the original lab.
+
+    `kind` is the one expected, if only one will do. Every tensor is on the CPU, finite, and of the
+    shape that `cfg` asks for. Anything else raises CheckpointError. No code in the file is run.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file; run the notebook before this one")
+    try:
+        checkpoint = _checked(_read(path))
+        if kind and checkpoint.kind != kind:
+            raise _Damaged(f"is of kind {checkpoint.kind!r}, expected {kind!r}")
+        return checkpoint
+    except (_Damaged, OSError) as error:
+        raise CheckpointError(
+            f"{path}: {error}. Delete or replace the file, and run the notebook that writes it."
+        ) from error
+
+
+class _Damaged(Exception):
+    """What is wrong with a file, in a few words."""
+
+
+def _read(path: Path) -> dict:
+    """The content of a file that is a sound archive of plain values and tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch writes entries uncompressed; one that would inflate is not torch's.
+            if any(e.compress_type != zipfile.ZIP_STORED for e in archive.infolist()):
+                raise _Damaged("is not a checkpoint (compressed entries)")
+            bad = archive.testzip()  # torch itself does not check the CRCs it writes
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise _Damaged(f"is damaged or no checkpoint ({error})") from error
+    if bad:
+        raise _Damaged(f"is damaged (wrong checksum in {bad})")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for one reason: not a safe, whole file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _Damaged(f"can't be read safely ({reason})") from error
+    if not isinstance(content, dict):
+        raise _Damaged("is not a checkpoint (not a dictionary)")
+    return content
+
+
+def _checked(content: dict) -> Checkpoint:
+    if "format" not in content:
+        if not {"cfg", "state_dict"} <= content.keys():
+            raise _Damaged("is not a checkpoint (no 'cfg' and 'state_dict')")
+        content = {k: content[k] for k in ("cfg", "state_dict")} | {"kind": "original lab"}
+    elif content["format"] != FORMAT:
+        raise _Damaged(
+            f"has format {content['format']!r}, this version of the lab reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    names = {f.name for f in fields(Checkpoint)}
+    try:
+        checkpoint = Checkpoint(**{k: v for k, v in content.items() if k in names})
+    except TypeError as error:
+        raise _Damaged(f"is not a checkpoint ({error})") from error
+    if checkpoint.kind not in KINDS:
+        raise _Damaged(f"has kind {checkpoint.kind!r}, known are {', '.join(KINDS)}")
+    for name in ("settings", "history", "optimizer", "results", "made_on"):
+        if not isinstance(getattr(checkpoint, name), dict):
+            raise _Damaged(f"has no readable {name}")
+    _check_history(checkpoint.history)
+    _check_state(checkpoint)
+    _check_momentum(checkpoint)
+    return checkpoint
+
+
+def _check_history(history: dict) -> None:
+    columns = list(history.values())
+    if not all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+        raise _Damaged("has a history whose columns differ in length")
+    if not all(isinstance(v, int | float) and math.isfinite(v) for c in columns for v in c):
+        raise _Damaged("has a history with values that are not finite numbers")
+
+
+def _check_momentum(checkpoint: Checkpoint) -> None:
+    if not checkpoint.optimizer:
+        return
+    momentum = checkpoint.optimizer.get("momentum")
+    learned = [
+        v for k, v in checkpoint.state_dict.items()
+        if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    ]  # fmt: skip
+    if not isinstance(momentum, list) or len(momentum) != len(learned):
+        raise _Damaged("has no readable optimizer state")
+    for value, weight in zip(momentum, learned, strict=True):
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            raise _Damaged("has an optimizer state of another network")
+        if not value.isfinite().all():
+            raise _Damaged("has an optimizer state that is not finite")
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    """The weights are those of `VGG(cfg)`, each of its shape, each finite."""
+    state = checkpoint.state_dict
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise _Damaged("has no readable weights")
+    try:
+        check_cfg(checkpoint.cfg)
+        with torch.device("meta"):  # shapes without memory, however wide the cfg says it is
+            expected = VGG(checkpoint.cfg, num_classes=len(state["classifier.bias"])).state_dict()
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise _Damaged(f"does not describe a VGG ({error})") from error
+    # Files from before torch 0.4.1 lack this counter; nothing depends on its value.
+    for name in expected.keys() - state.keys():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(0)
+    if expected.keys() != state.keys():
+        differ = sorted(map(str, expected.keys() ^ state.keys()))[:3]
+        raise _Damaged(f"has other layers than its cfg says ({', '.join(differ)})")
+    for name, value in expected.items():
+        if state[name].shape != value.shape or state[name].layout != torch.strided:
+            raise _Damaged(
+                f"has {name} of shape {tuple(state[name].shape)}, its cfg asks for "
+                f"{tuple(value.shape)}"
+            )
+        if not state[name].isfinite().all():
+            raise _Damaged(f"has values in {name} that are not finite")
+        if name.endswith("running_var") and (state[name] < 0).any():
+            raise _Damaged(f"has a negative variance in {name}")

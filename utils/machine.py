@@ -1,0 +1,43 @@
+"""The machine that a run uses: which device, and what to write beside a figure it produced."""
+
+import platform
+import warnings
+from importlib.metadata import version
+
+import torch
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU, with a warning that names the profiles for it."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    warnings.warn(
+        "No GPU found: running on the CPU. The profiles quick (minutes) and laptop (about an hour) "
+        "are made for that; in Colab: Runtime → Change runtime type → GPU.",
+        stacklevel=2,
+    )
+    return torch.device("cpu")
+
+
+def processor() -> str:
+    """The name of the CPU, as the system gives it."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device | str) -> dict[str, str | int]:
+    """Hardware, threads and versions: what a measured figure must be read with."""
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "numpy")},
+    }

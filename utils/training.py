@@ -1,0 +1,302 @@
+"""fit() and evaluate(): what training is. How a step is computed fast is engine.py's matter."""
+
+import hashlib
+import math
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.vgg import VGG
+from utils.checkpoint import Checkpoint, CheckpointError, load, save
+from utils.config import Profile
+from utils.data import ImageData, digest
+from utils.engine import Engine, TrainStep, choose_engine
+from utils.machine import describe_machine
+from utils.sparsity import sparsity
+
+EXPLODED = 100.0
+"""A mean loss this many times that of guessing means that the run has diverged."""
+
+SETTINGS = (
+    "epochs",
+    "lr",
+    "schedule",
+    "batch_size",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "crop_padding",
+    "flip",
+    "seed",
+)
+"""The fields of a profile that decide what a training run computes."""
+
+
+class DivergenceError(RuntimeError):
+    """The loss or a weight is no longer a sensible number."""
+
+
+@dataclass
+class History:
+    """One entry per finished epoch; accuracies in %, sparsity from 0 to 1."""
+
+    lr: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    sparsity: list[float] = field(default_factory=list)
+
+    def append(self, **values: float) -> None:
+        for name, value in values.items():
+            getattr(self, name).append(value)
+
+    def __len__(self) -> int:
+        return len(self.lr)
+
+    def line(self, epoch: int, epochs: int) -> str:
+        """One epoch, which counts from 0, as a line to print."""
+        return (
+            f"epoch {epoch + 1:3d}/{epochs}   lr {self.lr[epoch]:.4f}   "
+            f"loss {self.train_loss[epoch]:.3f}   train {self.train_accuracy[epoch]:5.2f} %   "
+            f"test {self.test_accuracy[epoch]:5.2f} %   sparsity {self.sparsity[epoch]:.3f}"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy, and accuracy in %."""
+
+    loss: float
+    accuracy: float
+
+
+def learning_rate(profile: Profile, epoch: int) -> float:
+    """The learning rate of `epoch`, which counts from 0. It is constant within an epoch."""
+    if profile.schedule == "step":
+        # Whole-number milestones: for 5 epochs, 5 · 0.5 = 2.5 would never be met.
+        drops = (profile.epochs // 2 <= epoch) + (profile.epochs * 3 // 4 <= epoch)
+        return profile.lr * 0.1**drops if profile.epochs >= 4 else profile.lr
+    warmup = 1 if profile.epochs >= 4 else 0
+    if epoch < warmup:
+        return profile.lr / 2
+    progress = (epoch - warmup + 0.5) / (profile.epochs - warmup)
+    return profile.lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """Loss and accuracy over (images, labels) batches, in float32, with the running BN statistics.
+
+    Leaves `model` in the mode it was in. Raises ValueError without a batch.
+    """
+    was_training = model.training
+    model.eval()
+    totals = 0.0
+    with torch.inference_mode():
+        for images, labels in batches:
+            images = images.contiguous(memory_format=torch.channels_last)
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum").double()
+            correct = (logits.argmax(1) == labels).sum()
+            totals = totals + torch.stack([loss, correct, torch.full_like(loss, len(labels))])
+    model.train(was_training)
+    if not isinstance(totals, Tensor):
+        raise ValueError("evaluate: no batches given; pass at least one batch of images")
+    loss, correct, count = totals.tolist()
+    return Evaluation(loss / count, 100 * correct / count)
+
+
+def fit(
+    model: VGG,
+    data: ImageData,
+    profile: Profile,
+    *,
+    l1_lambda: float = 0.0,
+    checkpoint: str | Path | None = None,
+    teacher: VGG | None = None,
+    engine: Engine | None = None,
+    kind: str = "trained",
+) -> History:
+    """Train `model` in place, on its device: SGD on loss + λ·Σ|γ| (Liu et al. 2017, eq. 1).
+
+    With `checkpoint`, every finished epoch is saved there as a file of this `kind`. Called again,
+    the run goes on after the last one, and a run that is finished just loads. `teacher` adds its
+    predictions to the targets, weighted by `profile.distillation`.
+
+    Raises ValueError for λ < 0 or data that do not fit the model; CheckpointError if the file was
+    made with other settings, and which; DivergenceError if the run diverges: the file then holds
+    the last sound epoch.
+    """
+    if isinstance(l1_lambda, bool) or not (math.isfinite(l1_lambda) and l1_lambda >= 0):
+        raise ValueError(f"l1_lambda = {l1_lambda!r}: must be a finite number of at least 0")
+    outputs = model.classifier.out_features
+    if outputs != len(data.classes):
+        raise ValueError(f"num_classes = {outputs}: the data have {len(data.classes)} classes")
+    device = next(model.parameters()).device
+    data = data.to(device)
+    if teacher is not None:
+        teacher = teacher.to(device, memory_format=torch.channels_last).eval()
+    settings = run_settings(model, data, profile, l1_lambda=l1_lambda, teacher=teacher)
+
+    history = History()
+    with _only_writer(checkpoint):
+        saved = None
+        if checkpoint and Path(checkpoint).exists():
+            saved = load(checkpoint, kind=kind)
+            _require_same(settings, saved.settings, checkpoint)
+            history = History(**saved.history)
+            model.load_state_dict(saved.state_dict)
+            if len(history) == profile.epochs:
+                print(f"{checkpoint}: all {profile.epochs} epochs were done before; loaded")
+                return history
+            engine = engine or _engine_of(saved, device)
+            print(f"{checkpoint}: going on after epoch {len(history)} of {profile.epochs}")
+        engine = engine or choose_engine(model, data, profile)
+        print(engine)
+        step = TrainStep(model, profile, engine, l1_lambda=l1_lambda, teacher=teacher)
+        if saved:
+            step.load_state_dict(saved.optimizer)
+        with _progress_bar(data, profile, done=len(history)) as bar:
+            for epoch in range(len(history), profile.epochs):
+                lr = learning_rate(profile, epoch)
+                _run_epoch(step, data, profile, epoch, lr, bar)
+                loss, accuracy = step.read()
+                _require_sound(model, loss, l1_lambda, lr, epoch)
+                test = evaluate(model, data.plain_batches("test", profile.test_batch_size))
+                history.append(
+                    lr=lr,
+                    train_loss=loss,
+                    train_accuracy=accuracy,
+                    test_loss=test.loss,
+                    test_accuracy=test.accuracy,
+                    sparsity=sparsity(model),
+                )
+                bar.write(history.line(epoch, profile.epochs), file=sys.stdout)
+                if checkpoint:
+                    done = Checkpoint(
+                        kind=kind,
+                        cfg=model.cfg,
+                        state_dict=model.state_dict(),
+                        settings=settings,
+                        history=asdict(history),
+                        optimizer=step.state_dict(),
+                        made_on=describe_machine(device),
+                    )
+                    save(checkpoint, done)
+    return history
+
+
+def run_settings(
+    model: VGG,
+    data: ImageData,
+    profile: Profile,
+    *,
+    l1_lambda: float = 0.0,
+    teacher: VGG | None = None,
+) -> dict:
+    """All that the result of `fit` follows from. Equal settings, equal run."""
+    settings = {name: getattr(profile, name) for name in SETTINGS}
+    settings |= {
+        "l1_lambda": l1_lambda,
+        "cfg": list(model.cfg),
+        "data": f"{data.name} {data.digest}",
+        "starting weights": digest(list(model.state_dict().values())),
+    }
+    if teacher is not None:
+        settings["distillation"] = profile.distillation
+        settings["teacher weights"] = digest(list(teacher.state_dict().values()))
+    return settings
+
+
+def _require_same(wanted: dict, found: dict, path: str | Path) -> None:
+    differ = [
+        f"{name} = {found.get(name)!r}, now {wanted.get(name)!r}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{path} was made with {'; '.join(differ)}. Set that back to go on with it, delete the "
+            "file to start anew, or give the new settings a profile name of their own."
+        )
+
+
+def _engine_of(saved: Checkpoint, device: torch.device) -> Engine | None:
+    """The engine that the run began with, if this device has it: the same to the last bit."""
+    try:
+        engine = Engine(**saved.optimizer["engine"])
+    except (KeyError, TypeError):
+        return None
+    return engine if engine.device == device.type else None
+
+
+@contextmanager
+def _only_writer(checkpoint: str | Path | None) -> Iterator[None]:
+    """Hold a lock as long as this run writes `checkpoint`; the system frees it if the run dies."""
+    if not checkpoint:
+        yield
+        return
+    # In the temporary folder: a mounted drive may know no locks.
+    name = hashlib.sha256(str(Path(checkpoint).resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"network-slimming-{name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(
+            f"{checkpoint}: another notebook is writing this file now. Stop that one or wait for "
+            "it, or give this run a profile name of its own."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _progress_bar(data: ImageData, profile: Profile, done: int) -> tqdm:
+    steps = math.ceil(len(data.train_labels) / profile.batch_size)
+    return tqdm(
+        total=profile.epochs * steps,
+        initial=done * steps,
+        unit="step",
+        smoothing=0,  # the time left from the mean speed, tests after each epoch included
+        mininterval=0.5,
+        leave=False,
+        file=sys.stdout,
+    )
+
+
+def _run_epoch(
+    step: TrainStep, data: ImageData, profile: Profile, epoch: int, lr: float, bar: tqdm
+) -> None:
+    step.set_lr(lr)
+    step.model.train()
+    batches = data.train_batches(
+        profile.batch_size,
+        seed=profile.seed,
+        epoch=epoch,
+        crop_padding=profile.crop_padding,
+        flip=profile.flip,
+    )
+    for images, labels in batches:
+        step(images, labels)
+        bar.update()
+
+
+def _require_sound(model: VGG, loss: float, l1_lambda: float, lr: float, epoch: int) -> None:
+    guessing = math.log(model.classifier.out_features)
+    finite = all(t.isfinite().all() for t in model.state_dict().values())
+    if not finite or not loss < EXPLODED * guessing:
+        raise DivergenceError(
+            f"diverged in epoch {epoch + 1}: mean loss {loss:.3g} (guessing has {guessing:.3g}), "
+            f"weights {'finite' if finite else 'not finite'}, at λ = {l1_lambda:g} and "
+            f"lr = {lr:g}. Lower one of them; the checkpoint keeps the last sound epoch."
+        )
