@@ -17,7 +17,7 @@ from utils.data import ImageData
 from utils.sparsity import add_l1_subgradient
 
 DISTILLATION_TEMPERATURE = 4.0
-"""Softens the teacher's logits, so that what it thinks of wrong classes counts (Hinton et al. 2015)."""
+"""Softens the teacher's logits, so that its view of wrong classes counts (Hinton et al. 2015)."""
 
 PROBE_BATCH = 32
 PROBE_GAIN = 1.1

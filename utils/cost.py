@@ -1,0 +1,83 @@
+"""What a network costs: parameters, MACs, file size, latency."""
+
+import copy
+import io
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.benchmark import Measurement, Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.vgg import VGG
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Learned numbers: weights, γ and β; not the running statistics."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model: nn.Module, input_shape: tuple[int, ...] = (3, 32, 32)) -> int:
+    """Multiply-adds of the convolutions and the classifier for one image (FLOPs = 2 × MACs).
+
+    `input_shape` is (channels, height, width), or has the batch size before it for a whole batch.
+    """
+    if len(input_shape) == 3:
+        input_shape = (1, *input_shape)
+    with FlopCounterMode(display=False) as counter:
+        # On the meta device: shapes only, nothing is computed.
+        copy.deepcopy(model).to("meta").eval()(torch.empty(input_shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the saved `state_dict`."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes
+
+
+def fold_bn(model: VGG) -> VGG:
+    """A copy for inference: each BN merged into the convolution before it."""
+    folded = copy.deepcopy(model).eval()
+    for i, layer in enumerate(folded.feature):
+        if isinstance(layer, nn.BatchNorm2d):
+            folded.feature[i - 1] = fuse_conv_bn_eval(folded.feature[i - 1], layer)
+            folded.feature[i] = nn.Identity()
+    return folded
+
+
+def latency(
+    model: VGG,
+    batch_size: int,
+    *,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+    num_threads: int | None = None,
+    min_run_time: float = 0.3,
+) -> Measurement:
+    """Seconds for one batch on the model's device, BN folded, float32: `.median` and `.iqr`."""
+    device = next(model.parameters()).device
+    images = torch.randn(batch_size, *input_shape, device=device)
+    timer = Timer(
+        "model(images)",
+        globals={
+            "model": fold_bn(model).to(memory_format=torch.channels_last),
+            "images": images.contiguous(memory_format=torch.channels_last),
+        },
+        num_threads=num_threads or torch.get_num_threads(),
+    )
+    with torch.inference_mode():
+        return timer.blocked_autorange(min_run_time=min_run_time)
+
+
+def compare_latency(
+    models: Mapping[str, VGG], batch_size: int, *, rounds: int = 3, **options
+) -> dict[str, Measurement]:
+    """`latency` of several networks, taken in turns so that a busy moment hits them all."""
+    taken: dict[str, list[Measurement]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            taken[name].append(latency(model, batch_size, **options))
+    # Timer calls them the same task only if the label is the same; the lists are ours to merge.
+    return {name: next(iter(Measurement.merge(m))) for name, m in taken.items()}

@@ -1,0 +1,213 @@
+"""Each figure of the lab: numbers in, Figure out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+TRAIN, TEST, SPARSITY = "tab:blue", "tab:green", "tab:orange"
+
+
+def save(figure: Figure, path: Path) -> Figure:
+    """Write the figure as a PNG and hand it on, so that a cell can end with this call."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return figure
+
+
+def _panels(n: int, rows: int = 1, width: float = 3.6, height: float = 3.2, **options):
+    """A figure with `rows` × `n` panels as an array, closed for pyplot: the caller shows it."""
+    figure, axes = plt.subplots(
+        rows, n, figsize=(width * n, height * rows), layout="constrained", squeeze=False, **options
+    )
+    plt.close(figure)
+    return figure, axes
+
+
+def sample_images(
+    images: np.ndarray, labels: Sequence[int], classes: Sequence[str], title: str
+) -> Figure:
+    """A grid of images, uint8 (n, 3, h, w), ten a row, each with its class above."""
+    columns = 10
+    rows = -(-len(images) // columns)
+    figure, axes = _panels(columns, rows, width=1.0, height=1.2)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, label in zip(axes.flat, images, labels, strict=False):
+        ax.imshow(np.transpose(image, (1, 2, 0)))
+        ax.set_title(classes[label], fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: str) -> Figure:
+    """One panel per λ: training and test accuracy in % on the left, sparsity on the right."""
+    figure, axes = _panels(len(histories), sharex=True, sharey=True, width=4.4, height=3.8)
+    for ax, (l1_lambda, history) in zip(axes[0], histories.items(), strict=True):
+        epochs = range(1, len(history["lr"]) + 1)
+        ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training accuracy")
+        ax.plot(epochs, history["test_accuracy"], color=TEST, label="test accuracy")
+        ax.set(title=f"λ = {l1_lambda:g}", xlabel="epoch", ylim=(0, 103))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+        right = ax.twinx()
+        share = 100 * np.asarray(history["sparsity"])
+        right.plot(epochs, share, color=SPARSITY, linestyle="--", label="sparsity")
+        right.set_ylim(0, 103)
+        right.tick_params(axis="y", colors=SPARSITY)
+        if ax is axes[0][-1]:
+            right.set_ylabel("sparsity: channels with |γ| < 0.01 (%)", color=SPARSITY)
+    axes[0][0].set_ylabel("accuracy (%)")
+    lines = [*axes[0][-1].get_lines(), *right.get_lines()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3)
+    figure.suptitle(f"Accuracy and sparsity while training on {data}")
+    return figure
+
+
+def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure:
+    """γ for each λ: on one shared axis above, each on its own scale below."""
+    figure, axes = _panels(len(gammas), rows=2, width=4.4, height=3.0)
+    low = min(float(g.min()) for g in gammas.values())
+    high = max(float(g.max()) for g in gammas.values())
+    shared = np.linspace(low, high, 61)
+    for column, (l1_lambda, gamma) in enumerate(gammas.items()):
+        top, bottom = axes[0][column], axes[1][column]
+        top.hist(gamma, bins=shared, color=TRAIN)
+        top.set(title=f"λ = {l1_lambda:g}", yscale="log", ylim=(0.7, 2 * len(gamma)))
+        # Below, the scale that holds the smaller half of this network's own γ and their vicinity.
+        reach = max(4 * float(np.median(np.abs(gamma))), 1e-12)
+        zoomed = gamma[np.abs(gamma) <= reach]
+        bottom.hist(zoomed, bins=np.linspace(-reach, reach, 61), color=SPARSITY)
+        bottom.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+        bottom.set(
+            title=f"λ = {l1_lambda:g}, zoomed: {len(zoomed) / len(gamma):.0%} of the channels",
+            xlabel="scaling factor γ",
+        )
+        for ax in (top, bottom):
+            ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("channels (log scale)\nsame axes for all λ")
+    axes[1][0].set_ylabel("channels\neach λ on its own axes")
+    figure.suptitle(f"Scaling factors γ after training on {data}")
+    return figure
+
+
+def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: str) -> Figure:
+    """|γ| of all channels in ascending order, with the threshold of each pruning ratio."""
+    figure, axes = _panels(1, width=7.5, height=3.8)
+    ax = axes[0][0]
+    ordered = np.sort(np.abs(gammas))
+    ax.plot(np.arange(1, len(ordered) + 1) / len(ordered) * 100, ordered, color="black")
+    for (ratio, threshold), color in zip(thresholds.items(), plt.cm.tab10.colors[1:], strict=False):
+        ax.axvline(100 * ratio, color=color, linewidth=1)
+        ax.axhline(
+            threshold,
+            color=color,
+            linestyle="--",
+            label=f"prune {ratio:.0%}: |γ| < {threshold:.2g}",
+        )
+    ax.set(
+        yscale="log",
+        xlabel="channels, from the smallest |γ| to the largest (%)",
+        ylabel="|γ| (log scale)",
+        title=title,
+        xlim=(0, 100),
+    )
+    ax.grid(alpha=0.3)
+    ax.legend(loc="upper left")
+    return figure
+
+
+def kept_channels(widths: Sequence[int], kept: Mapping[float, Sequence[int]], title: str) -> Figure:
+    """One panel per pruning ratio: channels of each layer, and how many of them stay."""
+    figure, axes = _panels(len(kept), sharey=True, width=5.0, height=3.4)
+    layers = np.arange(1, len(widths) + 1)
+    for ax, (ratio, counts) in zip(axes[0], kept.items(), strict=True):
+        ax.bar(layers, widths, color="lightgray", label="dense")
+        ax.bar(layers, counts, color=TRAIN, label="kept")
+        for layer, count in zip(layers, counts, strict=True):
+            ax.annotate(str(count), (layer, count), ha="center", va="bottom", fontsize=7)
+        ax.set(
+            title=f"{ratio:.0%} pruned: {sum(counts):,} of {sum(widths):,} channels stay",
+            xlabel="convolution",
+            xticks=layers[::2],
+        )
+    axes[0][0].set_ylabel("channels")
+    axes[0][0].legend()
+    figure.suptitle(title)
+    return figure
+
+
+def ladder(
+    curves: Mapping[float, Mapping[str, Sequence[float]]],
+    ratios: Sequence[float],
+    uncut: Mapping[float, float],
+    data: str,
+) -> Figure:
+    """One panel per λ: test accuracy in % right after the cut against the pruning ratio."""
+    figure, axes = _panels(len(curves), sharey=True, width=5.0, height=3.8)
+    percent = 100 * np.asarray(ratios)
+    for ax, (l1_lambda, steps) in zip(axes[0], curves.items(), strict=True):
+        ax.axhline(uncut[l1_lambda], color="gray", linestyle=":", label="before the cut")
+        for (name, accuracies), marker in zip(steps.items(), "osD^", strict=False):
+            ax.plot(percent, accuracies, marker=marker, markersize=4, label=name)
+        ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("test accuracy, no training after the cut (%)")
+    axes[0][0].legend(loc="lower left")
+    figure.suptitle(f"What a cut costs, and what can be had back without training: {data}")
+    return figure
+
+
+def finetuning_curves(
+    histories: Mapping[float, Mapping[str, list[float]]],
+    right_after: Mapping[float, float],
+    dense_accuracy: float,
+    data: str,
+) -> Figure:
+    """One panel per pruning ratio: accuracy over the epochs, from the cut (epoch 0) on."""
+    figure, axes = _panels(len(histories), sharey=True, width=5.0, height=3.8)
+    for ax, (ratio, history) in zip(axes[0], histories.items(), strict=True):
+        epochs = range(1, len(history["lr"]) + 1)
+        ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training accuracy")
+        test = [right_after[ratio], *history["test_accuracy"]]
+        ax.plot(range(len(test)), test, color=TEST, label="test accuracy (0: right after the cut)")
+        ax.axhline(dense_accuracy, color="gray", linestyle=":", label="dense network, test")
+        ax.set(title=f"{ratio:.0%} pruned: {test[-1]:.2f} % at the end", xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("accuracy (%)")
+    axes[0][-1].legend(loc="lower right")
+    figure.suptitle(f"Fine-tuning the slim networks on {data}")
+    return figure
+
+
+def summary(table: Sequence[Mapping[str, object]], data: str) -> Figure:
+    """Accuracy in % against MACs for every network of the final table."""
+    figure, axes = _panels(1, width=7.5, height=4.2)
+    ax = axes[0][0]
+    for row in table:
+        finished = row["stage"] != "slim"
+        x, y = row["MACs (M)"], row["test accuracy (%)"]
+        color = {"dense": "black", "sparse": SPARSITY, "slim": TRAIN, "finetuned": TEST}
+        ax.plot(
+            x, y, "o", color=color[row["stage"]], fillstyle="full" if finished else "none", ms=8
+        )
+        ax.annotate(
+            f"{row['network']}\n{y:.2f} %",
+            (x, y),
+            xytext=(8, -4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    ax.set(
+        xscale="log",
+        xlabel="MACs per image (millions, log scale)",
+        ylabel="test accuracy (%)",
+        title=f"Smaller at what price: {data}",
+    )
+    ax.margins(x=0.25, y=0.15)
+    ax.grid(alpha=0.3, which="both")
+    return figure
