@@ -15,7 +15,13 @@ from torch import Tensor
 from models.vgg import VGG, check_cfg
 
 FORMAT = 1
-KINDS = ("trained", "slim", "finetuned", "original lab")
+WRITTEN_BY = {
+    "trained": "sparsity_train.ipynb",
+    "slim": "vggprune.ipynb",
+    "finetuned": "train_prune_model.ipynb",
+    "original lab": "the notebooks of the original lab",
+}
+"""The kinds of checkpoint, and the notebook that writes each."""
 
 
 class CheckpointError(Exception):
@@ -27,7 +33,7 @@ class Checkpoint:
     """A network and where it comes from."""
 
     kind: str
-    """"trained" (notebook 1), "slim" (2), "finetuned" (3) or "original lab"."""
+    """One of WRITTEN_BY."""
     cfg: list[int | str]
     state_dict: dict[str, Tensor]
     settings: dict = field(default_factory=dict)
@@ -100,7 +106,8 @@ def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file; run the notebook before this one")
+        writer = WRITTEN_BY.get(kind, "the notebook that writes it")
+        raise CheckpointError(f"{path}: there is no such file; run {writer} first")
     try:
         checkpoint = _checked(_read(path))
         if kind and checkpoint.kind != kind:
@@ -110,6 +117,24 @@ def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{path}: {error}. Delete or replace the file, and run the notebook that writes it."
         ) from error
+
+
+def load_all(folder: str | Path, kind: str, *, data: str) -> list[Checkpoint]:
+    """Every checkpoint of `kind` in `folder`, by file name; CheckpointError if there is none.
+
+    `data` is the `fingerprint` of the images in use: networks made with others raise, too.
+    """
+    paths = sorted(Path(folder).glob(f"{kind}_*.pt"))
+    if not paths:
+        raise CheckpointError(f"{folder}: no {kind} network here; run {WRITTEN_BY[kind]} first")
+    checkpoints = [load(path, kind=kind) for path in paths]
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if checkpoint.settings.get("data") != data:
+            raise CheckpointError(
+                f"{path} was made with the data {checkpoint.settings.get('data')!r}, now {data!r}. "
+                f"Set LAB_DATA back, or run {WRITTEN_BY[kind]} again."
+            )
+    return checkpoints
 
 
 class _Damaged(Exception):
@@ -153,8 +178,8 @@ def _checked(content: dict) -> Checkpoint:
         checkpoint = Checkpoint(**{k: v for k, v in content.items() if k in names})
     except TypeError as error:
         raise _Damaged(f"is not a checkpoint ({error})") from error
-    if checkpoint.kind not in KINDS:
-        raise _Damaged(f"has kind {checkpoint.kind!r}, known are {', '.join(KINDS)}")
+    if not isinstance(checkpoint.kind, str) or checkpoint.kind not in WRITTEN_BY:
+        raise _Damaged(f"has kind {checkpoint.kind!r}, known are {', '.join(WRITTEN_BY)}")
     for name in ("settings", "history", "optimizer", "results", "made_on"):
         if not isinstance(getattr(checkpoint, name), dict):
             raise _Damaged(f"has no readable {name}")

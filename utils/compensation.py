@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from models.vgg import VGG
-from utils.pruning import PruningPlan, mask
+from utils.pruning import PruningPlan, mask, slim
 
 
 def absorb_bias(model: VGG, plan: PruningPlan) -> VGG:
@@ -48,3 +48,15 @@ def recalibrate_bn(model: VGG, batches: Iterable[tuple[Tensor, Tensor]]) -> VGG:
     recalibrated = copy.deepcopy(model)
     update_bn(batches, recalibrated)
     return recalibrated
+
+
+def slim_rungs(
+    model: VGG, plan: PruningPlan, batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, VGG]:
+    """The slim network at each rung of the ladder, from the raw cut to fully repaired."""
+    absorbed = slim(absorb_bias(model, plan), plan)
+    return {
+        "raw cut": slim(model, plan),
+        "β absorbed": absorbed,
+        "β absorbed, BN recalibrated": recalibrate_bn(absorbed, batches),
+    }

@@ -1,6 +1,7 @@
 """A data set as tensors on the device; batches with crop and flip."""
 
 import hashlib
+import itertools
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,10 +84,10 @@ class ImageData:
         )
 
     @cached_property
-    def digest(self) -> str:
-        """A fingerprint of all images and labels: equal where, and only where, the data are."""
+    def fingerprint(self) -> str:
+        """The name, and a digest of all images and labels: equal only where the data are."""
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return digest(tensors)
+        return f"{self.name} {digest(tensors)}"
 
     def train_batches(
         self, batch_size: int, *, seed: int, epoch: int, crop_padding: int, flip: bool
@@ -104,6 +105,15 @@ class ImageData:
         ):
             images = augment(self.train_images[i], s, f, crop_padding)
             yield normalize(images), self.train_labels[i]
+
+    def calibration_batches(
+        self, *, seed: int, crop_padding: int, flip: bool, count: int = 25, batch_size: int = 200
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The first `count` batches of an epoch of training, for `recalibrate_bn`."""
+        batches = self.train_batches(
+            batch_size, seed=seed, epoch=0, crop_padding=crop_padding, flip=flip
+        )
+        return list(itertools.islice(batches, count))
 
     def plain_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of `split` ("train" or "test") in order, as they are."""

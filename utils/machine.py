@@ -2,9 +2,10 @@
 
 import platform
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.requirements import Requirement
 
 
 def pick_device() -> torch.device:
@@ -17,6 +18,27 @@ def pick_device() -> torch.device:
         stacklevel=2,
     )
     return torch.device("cpu")
+
+
+def check_requirements(path: str = "requirements.txt") -> None:
+    """Raise ImportError if a package that the lab imports is missing or older than its floor.
+
+    Nothing is installed: on Colab an upgrade of what it ships would break the rest.
+    """
+    unmet = []
+    with open(path, encoding="utf-8") as file:
+        wanted = [line.split("#")[0].strip() for line in file]
+    for requirement in map(Requirement, filter(None, wanted)):
+        if requirement.name in ("jupyter", "nbclient"):
+            continue  # whoever reads this in a notebook has what opened it
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            found = "none"
+        if found == "none" or not requirement.specifier.contains(found, prereleases=True):
+            unmet.append(f"{requirement} (found: {found})")
+    if unmet:
+        raise ImportError(f"the lab needs {', '.join(unmet)}: pip install -r requirements.txt")
 
 
 def processor() -> str:

@@ -162,20 +162,20 @@ def ladder(
 
 
 def finetuning_curves(
-    histories: Mapping[float, Mapping[str, list[float]]],
-    right_after: Mapping[float, float],
+    histories: Mapping[str, Mapping[str, list[float]]],
+    right_after: Mapping[str, float],
     dense_accuracy: float,
     data: str,
 ) -> Figure:
-    """One panel per pruning ratio: accuracy over the epochs, from the cut (epoch 0) on."""
+    """One panel per slim network: accuracy in % over the epochs, from the cut (epoch 0) on."""
     figure, axes = _panels(len(histories), sharey=True, width=5.0, height=3.8)
-    for ax, (ratio, history) in zip(axes[0], histories.items(), strict=True):
+    for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
         epochs = range(1, len(history["lr"]) + 1)
         ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training accuracy")
-        test = [right_after[ratio], *history["test_accuracy"]]
+        test = [right_after[name], *history["test_accuracy"]]
         ax.plot(range(len(test)), test, color=TEST, label="test accuracy (0: right after the cut)")
         ax.axhline(dense_accuracy, color="gray", linestyle=":", label="dense network, test")
-        ax.set(title=f"{ratio:.0%} pruned: {test[-1]:.2f} % at the end", xlabel="epoch")
+        ax.set(title=f"{name}: {test[-1]:.2f} % at the end", xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy (%)")

@@ -19,7 +19,7 @@ from models.vgg import VGG
 from utils.checkpoint import Checkpoint, CheckpointError, load, save
 from utils.config import Profile
 from utils.data import ImageData, digest
-from utils.engine import Engine, TrainStep, choose_engine
+from utils.engine import Engine, TrainStep, choose_engine, seconds_per_epoch
 from utils.machine import describe_machine
 from utils.sparsity import sparsity
 
@@ -158,7 +158,7 @@ def fit(
             if len(history) == profile.epochs:
                 print(f"{checkpoint}: all {profile.epochs} epochs were done before; loaded")
                 return history
-            engine = engine or _engine_of(saved, device)
+            engine = _engine_of(saved, device) or engine
             print(f"{checkpoint}: going on after epoch {len(history)} of {profile.epochs}")
         engine = engine or choose_engine(model, data, profile)
         print(engine)
@@ -195,6 +195,18 @@ def fit(
     return history
 
 
+def forecast(model: VGG, data: ImageData, profile: Profile, engine: Engine, runs: int = 1) -> str:
+    """How long `runs` trainings will take on this machine, and what to do if that is long."""
+    seconds = seconds_per_epoch(model, data, profile, engine) * profile.epochs * runs
+    times = f"{runs} × {profile.epochs} epochs" if runs > 1 else f"{profile.epochs} epochs"
+    if seconds < 2 * 3600:
+        return f"{times} will take about {max(1, round(seconds / 60))} min here"
+    return (
+        f"{times} will take about {seconds / 3600:.0f} hours here. Shorter: LAB_PROFILE=laptop (a "
+        "sixteenth of the work), LAB_PROFILE=quick (minutes), fewer epochs, or a machine with a GPU"
+    )
+
+
 def run_settings(
     model: VGG,
     data: ImageData,
@@ -208,7 +220,7 @@ def run_settings(
     settings |= {
         "l1_lambda": l1_lambda,
         "cfg": list(model.cfg),
-        "data": f"{data.name} {data.digest}",
+        "data": data.fingerprint,
         "starting weights": digest(list(model.state_dict().values())),
     }
     if teacher is not None:

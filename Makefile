@@ -1,0 +1,41 @@
+# make lab        the three notebooks, top to bottom   (PROFILE=quick|laptop|cifar10|paper)
+# make notebook   open them in JupyterLab
+# make test       lint and tests
+# make benchmark  how fast training is, against the plain loop
+# make clean      remove what runs have written (checkpoints included) and the environment
+
+PYTHON  ?= python3
+PROFILE ?= quick
+BIN     := .venv/bin
+
+.PHONY: lab notebook test benchmark soak clean
+
+lab: .venv/lab
+	$(BIN)/python run_lab.py --profile $(PROFILE)
+
+notebook: .venv/lab
+	LAB_PROFILE=$(PROFILE) $(BIN)/jupyter lab
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+benchmark: .venv/lab
+	$(BIN)/python -m benchmarks.train_speed
+
+soak: .venv/dev
+	$(BIN)/python -m pytest tests/test_reliability.py tests/test_pruning.py --soak
+
+# Each environment file is made anew when its requirements change.
+.venv/lab: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/lab
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv checkpoints/*/ figures/quick .pytest_cache .ruff_cache .hypothesis

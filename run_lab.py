@@ -1,0 +1,69 @@
+"""Run the three notebooks top to bottom without a browser: what `make lab` calls.
+
+The executed copies, the pictures and results.json are left in figures/<profile>/.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from utils.config import get_profile
+from utils.results import final_table
+
+NOTEBOOKS = ("sparsity_train.ipynb", "vggprune.ipynb", "train_prune_model.ipynb")
+ROOT = Path(__file__).resolve().parent
+
+
+class LiveClient(NotebookClient):
+    """Shows on the terminal what a cell prints, while it prints it."""
+
+    def output(self, outs, msg, display_id, cell_index):
+        if msg["msg_type"] == "stream":
+            print(msg["content"]["text"], end="", flush=True)
+        return super().output(outs, msg, display_id, cell_index)
+
+
+def run(name: str, target: Path) -> None:
+    """Execute the notebook `name`; write it to `target` with its outputs, those of a failure too."""
+    notebook = nbformat.read(ROOT / name, as_version=4)
+    client = LiveClient(
+        notebook,
+        kernel_name="python3",
+        timeout=None,
+        coalesce_streams=True,  # of a progress bar only the last state is kept
+        resources={"metadata": {"path": str(ROOT)}},
+    )
+    try:
+        client.execute()
+    finally:
+        nbformat.write(notebook, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="quick", help="quick, laptop, cifar10 or paper")
+    profile = get_profile(parser.parse_args().profile)
+    os.environ["LAB_PROFILE"] = profile.name
+    os.environ["LAB_COMMAND"] = f"make lab PROFILE={profile.name}"
+    folder = ROOT / "figures" / profile.name
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    for name in NOTEBOOKS:
+        print(f"\n══════════ {name} ══════════", flush=True)
+        try:
+            run(name, folder / name)
+        except CellExecutionError as error:
+            sys.exit(f"{name} stopped: {error.ename}: {error.evalue}\nSee {folder / name}")
+    print(f"\n══════════ done in {(time.monotonic() - began) / 60:.1f} min ══════════\n")
+    print(final_table(folder).to_string())
+    print(f"\nThe executed notebooks, the pictures and results.json: {folder.relative_to(ROOT)}/")
+
+
+if __name__ == "__main__":
+    main()
