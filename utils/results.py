@@ -24,6 +24,7 @@ def record(
     results[section] = {
         "profile": asdict(profile),
         "machine": describe_machine(device),
+        "command": os.environ.get("LAB_COMMAND", "the notebook, opened by hand"),
         **values,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,279 @@
+"""How fast the lab trains, against the plain loop that the original lab uses.
+
+    make benchmark                                     # a few minutes on two cores
+    .venv/bin/python -m benchmarks.train_speed --help
+
+Both train the same network on the same images and take turns, so that a busy moment hits both; a
+ratio is the median over the rounds. The absolute times hold for one machine only.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from tqdm import tqdm
+
+from models.vgg import VGG
+from utils.config import Profile, get_profile
+from utils.cost import macs
+from utils.data import ImageData
+from utils.engine import Engine, TrainStep, choose_engine
+from utils.machine import describe_machine, pick_device
+from utils.pruning import plan_pruning, slim
+from utils.sparsity import bn_layers
+
+L1_LAMBDA = 1e-4
+
+
+def random_data(count: int) -> ImageData:
+    """Noise of CIFAR-10's format: speed does not depend on what is in the pictures."""
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(count) % 10
+    classes = tuple("0123456789")
+    return ImageData("noise", classes, images, labels, images[:100], labels[:100])
+
+
+class OneByOne(Dataset):
+    """The images as torchvision's data sets give them: one PIL image at a time, then transforms."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.pixels = data.train_images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = data.train_labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.Pad(4),
+                transforms.RandomCrop(32),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.5,) * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[k])), self.labels[k]
+
+
+def forever(batches: Callable[[], Iterator]) -> Iterator:
+    while True:
+        yield from batches()
+
+
+def reference_batches(data: ImageData, profile: Profile, device: torch.device) -> Iterator:
+    loader = DataLoader(
+        OneByOne(data),
+        batch_size=profile.batch_size,
+        shuffle=True,
+        num_workers=1,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    return forever(lambda: iter(loader))
+
+
+def our_batches(data: ImageData, profile: Profile) -> Iterator:
+    return forever(
+        lambda: data.train_batches(
+            profile.batch_size, seed=1, epoch=0, crop_padding=profile.crop_padding, flip=True
+        )
+    )
+
+
+def reference_steps(
+    model: VGG, data: ImageData, profile: Profile, device: torch.device
+) -> Iterator[None]:
+    """The plain loop: float32, channels first, one worker, `.item()` at every batch."""
+    optimizer = torch.optim.SGD(model.parameters(), profile.lr, profile.momentum, weight_decay=1e-4)
+    total = correct = 0.0
+    for images, labels in reference_batches(data, profile, device):
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        for bn in bn_layers(model):
+            bn.weight.grad.add_(L1_LAMBDA * torch.sign(bn.weight.detach()))
+        optimizer.step()
+        total += loss.item()
+        correct += (logits.argmax(1) == labels).sum().item()
+        yield
+
+
+def our_steps(model: VGG, data: ImageData, profile: Profile, engine: Engine) -> Iterator[None]:
+    step = TrainStep(model, profile, engine, l1_lambda=L1_LAMBDA)
+    for images, labels in our_batches(data, profile):
+        step(images, labels)
+        yield
+
+
+def take_turns(
+    contestants: dict[str, Iterator], steps: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds a step for each contestant and round."""
+
+    def turn(contestant: Iterator) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            next(contestant)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
+
+    seconds = {name: [] for name in contestants}
+    with tqdm(total=(rounds + 1) * len(contestants), leave=False) as bar:
+        for this_round in range(rounds + 1):
+            for name, contestant in contestants.items():
+                bar.set_description(name)
+                taken = turn(contestant)
+                if this_round > 0:  # the first warms up
+                    seconds[name].append(taken)
+                bar.update()
+    return seconds
+
+
+def compare(name: str, ours: list[float], reference: list[float]) -> dict[str, object]:
+    ratios = [r / o for r, o in zip(reference, ours, strict=True)]
+    return {
+        "what": name,
+        "reference (ms)": round(1e3 * statistics.median(reference), 2),
+        "ours (ms)": round(1e3 * statistics.median(ours), 2),
+        "times faster": round(statistics.median(ratios), 2),
+        "least": round(min(ratios), 2),
+        "most": round(max(ratios), 2),
+    }
+
+
+def slim_networks(profile: Profile, device: torch.device) -> dict[str, VGG]:
+    """The dense network and two that a global threshold on random γ leaves."""
+    torch.manual_seed(1)
+    dense = VGG(profile.cfg)
+    for bn in bn_layers(dense):
+        # Later, wider layers lose more, as in a trained network.
+        bn.weight.data = torch.rand_like(bn.weight) * (64 * profile.width / len(bn.weight))
+    plans = {f"{r:.0%} pruned": plan_pruning(dense, r, min_channels=4) for r in (0.5, 0.9)}
+    return {"dense": dense.to(device)} | {
+        name: slim(dense, plan).to(device) for name, plan in plans.items()
+    }
+
+
+def count_syncs(step: Iterator[None], steps: int = 20) -> float:
+    """Host synchronisations a step, as CUDA's own debug mode sees them."""
+    import warnings
+
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                next(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return len(seen) / steps
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
+    """The FLOP/s that this machine reaches in a large matrix product."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="cifar10", help="whose network and batch size")
+    parser.add_argument("--steps", type=int, default=6, help="steps a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/train_speed.json"))
+    options = parser.parse_args()
+
+    device, profile = pick_device(), get_profile(options.profile)
+    data = random_data(50 * profile.batch_size)
+    on_device = data.to(device)
+    torch.manual_seed(1)
+    model = VGG(profile.cfg).to(device)
+    engine = choose_engine(model, on_device, profile)
+    machine = describe_machine(device)
+    print(f"{profile.name}: VGG-{profile.depth}, width {profile.width}, batch {profile.batch_size}")
+    print(f"{engine}; {machine}")
+
+    def turns(contestants: dict[str, Iterator], steps: int) -> dict[str, list[float]]:
+        return take_turns(contestants, steps, options.rounds, device)
+
+    ours = our_steps(model, on_device, profile, engine)
+    training = turns(
+        {"reference": reference_steps(VGG(profile.cfg).to(device), data, profile, device),
+         "ours": ours},
+        options.steps,
+    )  # fmt: skip
+    pipeline = turns(
+        {"reference": reference_batches(data, profile, device),
+         "ours": our_batches(on_device, profile)},
+        4 * options.steps,
+    )  # fmt: skip
+    rows = [
+        compare("training step", training["ours"], training["reference"]),
+        compare("data pipeline alone, a batch", pipeline["ours"], pipeline["reference"]),
+    ]
+    print(pd.DataFrame(rows).set_index("what").to_string())
+
+    networks = slim_networks(profile, device)
+    work = {name: macs(network) for name, network in networks.items()}
+    slim_seconds = turns(
+        {
+            name: our_steps(net, on_device, profile, choose_engine(net, on_device, profile))
+            for name, net in networks.items()
+        },
+        options.steps,
+    )
+    slim_rows = [
+        {
+            "network": name,
+            "MACs (M)": round(work[name] / 1e6, 1),
+            "step (ms)": round(1e3 * statistics.median(seconds), 2),
+            "fewer MACs": round(work["dense"] / work[name], 1),
+            "times faster": round(
+                statistics.median(slim_seconds["dense"]) / statistics.median(seconds), 1
+            ),
+        }
+        for name, seconds in slim_seconds.items()
+    ]
+    print(pd.DataFrame(slim_rows).set_index("network").to_string())
+
+    dtype = getattr(torch, engine.precision)
+    rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
+    step = statistics.median(training["ours"])
+    achieved = 3 * 2 * work["dense"] * profile.batch_size / step  # forward, and twice it backward
+    figures = {
+        "seconds per epoch of 50,000": step * 50_000 / profile.batch_size,
+        f"share of the {engine.precision} matrix-product rate": achieved / rate,
+    }
+    if device.type == "cuda":
+        figures["host synchronisations a step"] = count_syncs(ours)
+    for name, value in figures.items():
+        print(f"{name}: {value:.3g}")
+    report = {
+        "machine": machine, "engine": str(engine), "profile": profile.name, "training": rows,
+        "slim": slim_rows, **figures,
+    }  # fmt: skip
+    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

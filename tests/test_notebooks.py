@@ -1,0 +1,126 @@
+"""The notebooks: run top to bottom, kept clean, short cells."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from run_lab import NOTEBOOKS
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = {
+    "samples",
+    "training_curves",
+    "gamma_distributions",
+    "sorted_gammas",
+    "kept_channels",
+    "ladder",
+    "finetuning_curves",
+    "summary",
+}
+
+
+def code_cells(path: Path) -> list:
+    notebook = nbformat.read(path, as_version=4)
+    return [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+
+
+def is_one_clean_run(cells: list) -> bool:
+    counts = [c.execution_count for c in cells]
+    failed = any(o.output_type == "error" for c in cells for o in c.outputs)
+    return counts == list(range(1, len(cells) + 1)) and not failed
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A copy of the lab, in a folder with a space and an ö, after a run of the smoke profile."""
+    copy = tmp_path_factory.mktemp("lab") / "my söder lab"
+    copy.mkdir()
+    for name in (*NOTEBOOKS, "run_lab.py", "requirements.txt", "models", "utils"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LAB_")}
+    finished = subprocess.run(
+        [sys.executable, "run_lab.py", "--profile", "smoke"],
+        cwd=copy, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return copy, finished.stdout
+
+
+def test_the_lab_runs_top_to_bottom_and_leaves_clean_executed_copies(lab):
+    copy, _ = lab
+    for name in NOTEBOOKS:
+        assert is_one_clean_run(code_cells(copy / "figures" / "smoke" / name))
+
+
+def test_every_picture_is_shown_and_saved(lab):
+    copy, _ = lab
+    folder = copy / "figures" / "smoke"
+    assert {p.stem for p in folder.glob("*.png")} == PICTURES
+    shown = sum(
+        "image/png" in output.get("data", {})
+        for name in NOTEBOOKS
+        for cell in code_cells(folder / name)
+        for output in cell.outputs
+    )
+    assert shown == len(PICTURES)  # each once
+
+
+def test_every_number_is_recorded_with_profile_machine_and_command(lab):
+    copy, printed = lab
+    results = json.loads((copy / "figures" / "smoke" / "results.json").read_text("utf-8"))
+    assert list(results) == [Path(name).stem for name in NOTEBOOKS]
+    for section in results.values():
+        assert section["profile"]["name"] == "smoke"
+        assert section["machine"]["torch"]
+        assert section["command"] == "make lab PROFILE=smoke"
+    for row in results["train_prune_model"]["table"]:
+        assert row["network"] in printed  # the final table is shown at the end
+
+
+def test_a_second_run_trains_nothing_again(lab):
+    copy, _ = lab
+    before = {p: p.stat().st_mtime_ns for p in (copy / "checkpoints").rglob("trained_*.pt")}
+    assert len(before) == 2
+    again = subprocess.run(
+        [sys.executable, "-c",
+         "import run_lab; from pathlib import Path; "
+         "run_lab.run('sparsity_train.ipynb', Path('again.ipynb'))"],
+        cwd=copy, env={**os.environ, "LAB_PROFILE": "smoke"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "all 2 epochs were done before" in again.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_notebooks_are_empty_or_carry_one_clean_run(name):
+    cells = code_cells(ROOT / name)
+    empty = all(c.execution_count is None and not c.outputs for c in cells)
+    assert empty or is_one_clean_run(cells)
+    assert (ROOT / name).stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_are_short(name):
+    lines = [len(c.source.splitlines()) for c in code_cells(ROOT / name)]
+    assert max(lines) <= 25
+    assert statistics.median(lines) <= 16
+
+
+def test_all_notebooks_begin_with_the_same_setup():
+    assert len({code_cells(ROOT / name)[0].source for name in NOTEBOOKS}) == 1
+
+
+def test_a_notebook_started_elsewhere_says_where_to_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(FileNotFoundError, match="start Jupyter in it"):
+        exec(code_cells(ROOT / NOTEBOOKS[0])[0].source, {})
