@@ -1,7 +1,6 @@
 """The machine that a run uses: which device, and what to write beside a figure it produced."""
 
 import platform
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -9,13 +8,12 @@ from packaging.requirements import Requirement
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU, with a warning that names the profiles for it."""
+    """CUDA where there is one, else the CPU, with a printed warning that names what suits it."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    warnings.warn(
-        "No GPU found: running on the CPU. The profiles quick (minutes) and laptop (about an hour) "
-        "are made for that; in Colab: Runtime → Change runtime type → GPU.",
-        stacklevel=2,
+    print(
+        "Warning: no GPU found, running on the CPU. The profiles quick (minutes) and laptop (about "
+        "an hour) are made for that; in Colab: Runtime → Change runtime type → GPU."
     )
     return torch.device("cpu")
 

@@ -59,7 +59,7 @@ def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: 
         right.set_ylim(0, 103)
         right.tick_params(axis="y", colors=SPARSITY)
         if ax is axes[0][-1]:
-            right.set_ylabel("sparsity: channels with |γ| < 0.01 (%)", color=SPARSITY)
+            right.set_ylabel("sparsity (% of the channels)", color=SPARSITY)
     axes[0][0].set_ylabel("accuracy (%)")
     lines = [*axes[0][-1].get_lines(), *right.get_lines()]
     figure.legend(handles=lines, loc="outside lower center", ncols=3)
@@ -156,7 +156,7 @@ def ladder(
         ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, no training after the cut (%)")
-    axes[0][0].legend(loc="lower left")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"What a cut costs, and what can be had back without training: {data}")
     return figure
 
@@ -179,35 +179,29 @@ def finetuning_curves(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy (%)")
-    axes[0][-1].legend(loc="lower right")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"Fine-tuning the slim networks on {data}")
     return figure
 
 
 def summary(table: Sequence[Mapping[str, object]], data: str) -> Figure:
-    """Accuracy in % against MACs for every network of the final table."""
-    figure, axes = _panels(1, width=7.5, height=4.2)
-    ax = axes[0][0]
-    for row in table:
-        finished = row["stage"] != "slim"
-        x, y = row["MACs (M)"], row["test accuracy (%)"]
-        color = {"dense": "black", "sparse": SPARSITY, "slim": TRAIN, "finetuned": TEST}
-        ax.plot(
-            x, y, "o", color=color[row["stage"]], fillstyle="full" if finished else "none", ms=8
-        )
-        ax.annotate(
-            f"{row['network']}\n{y:.2f} %",
-            (x, y),
-            xytext=(8, -4),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    ax.set(
-        xscale="log",
-        xlabel="MACs per image (millions, log scale)",
-        ylabel="test accuracy (%)",
-        title=f"Smaller at what price: {data}",
-    )
-    ax.margins(x=0.25, y=0.15)
-    ax.grid(alpha=0.3, which="both")
+    """Every network of the final table, one row each: accuracy beside what it costs."""
+    columns = {
+        "test accuracy (%)": "{:.2f}",
+        "parameters": "{:,.0f}",
+        "MACs (M)": "{:.2f}",
+        "batch of 256 (ms)": "{:.1f}",
+    }
+    colors = {"dense": "dimgray", "sparse": SPARSITY, "slim": TRAIN, "finetuned": TEST}
+    figure, axes = _panels(len(columns), sharey=True, width=3.1, height=0.8 + 0.45 * len(table))
+    names = [row["network"] for row in table]
+    for ax, (column, form) in zip(axes[0], columns.items(), strict=True):
+        values = [row[column] for row in table]
+        bars = ax.barh(names, values, color=[colors[row["stage"]] for row in table])
+        ax.bar_label(bars, [form.format(v) for v in values], padding=3, fontsize=9)
+        ax.set(title=column, xlim=(0, 1.35 * max(values)))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+    axes[0][0].invert_yaxis()
+    figure.suptitle(f"Every network of the lab: {data}")
     return figure
