@@ -30,7 +30,7 @@ class LiveClient(NotebookClient):
 
 
 def run(name: str, target: Path) -> None:
-    """Execute the notebook `name`; write it to `target` with its outputs, those of a failure too."""
+    """Execute the notebook `name`; write it to `target` with its outputs, of a failure too."""
     notebook = nbformat.read(ROOT / name, as_version=4)
     client = LiveClient(
         notebook,

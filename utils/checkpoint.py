@@ -4,7 +4,6 @@ import contextlib
 import io
 import math
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -67,11 +66,10 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     buffer = io.BytesIO()
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     torch.save({"format": FORMAT, **content}, buffer)
-    temporary = None
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two writers do not meet
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        with open(handle, "wb") as f:
+        with open(temporary, "wb") as f:
             f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
@@ -82,9 +80,8 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
             "unchanged; make room or choose a folder that can be written to, and run again."
         ) from error
     finally:
-        if temporary:
-            with contextlib.suppress(OSError):  # gone already, if all went well
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):  # gone already, if all went well
+            os.unlink(temporary)
     _sync_folder(path.parent)
 
 

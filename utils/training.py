@@ -1,5 +1,6 @@
 """fit() and evaluate(): what training is. How a step is computed fast is engine.py's matter."""
 
+import glob
 import hashlib
 import math
 import sys
@@ -136,30 +137,24 @@ def fit(
     made with other settings, and which; DivergenceError if the run diverges: the file then holds
     the last sound epoch.
     """
-    if isinstance(l1_lambda, bool) or not (math.isfinite(l1_lambda) and l1_lambda >= 0):
-        raise ValueError(f"l1_lambda = {l1_lambda!r}: must be a finite number of at least 0")
-    outputs = model.classifier.out_features
-    if outputs != len(data.classes):
-        raise ValueError(f"num_classes = {outputs}: the data have {len(data.classes)} classes")
+    _require_fit(model, data, l1_lambda)
     device = next(model.parameters()).device
     data = data.to(device)
     if teacher is not None:
         teacher = teacher.to(device, memory_format=torch.channels_last).eval()
     settings = run_settings(model, data, profile, l1_lambda=l1_lambda, teacher=teacher)
 
-    history = History()
+    history, saved = History(), None
     with _only_writer(checkpoint):
-        saved = None
         if checkpoint and Path(checkpoint).exists():
             saved = load(checkpoint, kind=kind)
             _require_same(settings, saved.settings, checkpoint)
-            history = History(**saved.history)
             model.load_state_dict(saved.state_dict)
-            if len(history) == profile.epochs:
-                print(f"{checkpoint}: all {profile.epochs} epochs were done before; loaded")
-                return history
+            history = History(**saved.history)
             engine = _engine_of(saved, device) or engine
-            print(f"{checkpoint}: going on after epoch {len(history)} of {profile.epochs}")
+            print(f"{checkpoint}: {len(history)} of {profile.epochs} epochs were done before")
+        if len(history) == profile.epochs:
+            return history
         engine = engine or choose_engine(model, data, profile)
         print(engine)
         step = TrainStep(model, profile, engine, l1_lambda=l1_lambda, teacher=teacher)
@@ -167,19 +162,7 @@ def fit(
             step.load_state_dict(saved.optimizer)
         with _progress_bar(data, profile, done=len(history)) as bar:
             for epoch in range(len(history), profile.epochs):
-                lr = learning_rate(profile, epoch)
-                _run_epoch(step, data, profile, epoch, lr, bar)
-                loss, accuracy = step.read()
-                _require_sound(model, loss, l1_lambda, lr, epoch)
-                test = evaluate(model, data.plain_batches("test", profile.test_batch_size))
-                history.append(
-                    lr=lr,
-                    train_loss=loss,
-                    train_accuracy=accuracy,
-                    test_loss=test.loss,
-                    test_accuracy=test.accuracy,
-                    sparsity=sparsity(model),
-                )
+                history.append(**_run_epoch(step, data, profile, epoch, bar))
                 bar.write(history.line(epoch, profile.epochs), file=sys.stdout)
                 if checkpoint:
                     done = Checkpoint(
@@ -193,6 +176,44 @@ def fit(
                     )
                     save(checkpoint, done)
     return history
+
+
+def _require_fit(model: VGG, data: ImageData, l1_lambda: float) -> None:
+    if isinstance(l1_lambda, bool) or not (math.isfinite(l1_lambda) and l1_lambda >= 0):
+        raise ValueError(f"l1_lambda = {l1_lambda!r}: must be a finite number of at least 0")
+    outputs = model.classifier.out_features
+    if outputs != len(data.classes):
+        raise ValueError(f"num_classes = {outputs}: the data have {len(data.classes)} classes")
+
+
+def _run_epoch(
+    step: TrainStep, data: ImageData, profile: Profile, epoch: int, bar: tqdm
+) -> dict[str, float]:
+    """Train one epoch and test; the entries of History."""
+    lr = learning_rate(profile, epoch)
+    step.set_lr(lr)
+    step.model.train()
+    batches = data.train_batches(
+        profile.batch_size,
+        seed=profile.seed,
+        epoch=epoch,
+        crop_padding=profile.crop_padding,
+        flip=profile.flip,
+    )
+    for images, labels in batches:
+        step(images, labels)
+        bar.update()
+    loss, accuracy = step.read()
+    _require_sound(step.model, loss, step.l1_lambda, lr, epoch)
+    test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
+    return {
+        "lr": lr,
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "sparsity": sparsity(step.model),
+    }
 
 
 def forecast(model: VGG, data: ImageData, profile: Profile, engine: Engine, runs: int = 1) -> str:
@@ -268,6 +289,9 @@ def _only_writer(checkpoint: str | Path | None) -> Iterator[None]:
             "it, or give this run a profile name of its own."
         ) from None
     try:
+        path = Path(checkpoint)
+        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            unfinished.unlink(missing_ok=True)  # of a run that was killed while saving
         yield
     finally:
         lock.release()
@@ -284,23 +308,6 @@ def _progress_bar(data: ImageData, profile: Profile, done: int) -> tqdm:
         leave=False,
         file=sys.stdout,
     )
-
-
-def _run_epoch(
-    step: TrainStep, data: ImageData, profile: Profile, epoch: int, lr: float, bar: tqdm
-) -> None:
-    step.set_lr(lr)
-    step.model.train()
-    batches = data.train_batches(
-        profile.batch_size,
-        seed=profile.seed,
-        epoch=epoch,
-        crop_padding=profile.crop_padding,
-        flip=profile.flip,
-    )
-    for images, labels in batches:
-        step(images, labels)
-        bar.update()
 
 
 def _require_sound(model: VGG, loss: float, l1_lambda: float, lr: float, epoch: int) -> None:
