@@ -142,9 +142,13 @@ def _read(path: Path) -> dict:
     """The content of a file that is a sound archive of plain values and tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch writes entries uncompressed; one that would inflate is not torch's.
-            if any(e.compress_type != zipfile.ZIP_STORED for e in archive.infolist()):
-                raise _Damaged("is not a checkpoint (compressed entries)")
+            entries = archive.infolist()
+            # torch stores its entries as they are, from the first byte of the file on and without
+            # attributes. Another archive could inflate, or be read differently by torch than here.
+            if any(e.compress_type != zipfile.ZIP_STORED or e.external_attr for e in entries):
+                raise _Damaged("is not a checkpoint (not an archive as torch writes it)")
+            if min((e.header_offset for e in entries), default=1) != 0:
+                raise _Damaged("is damaged or no checkpoint (more than one archive in it)")
             bad = archive.testzip()  # torch itself does not check the CRCs it writes
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise _Damaged(f"is damaged or no checkpoint ({error})") from error
@@ -165,7 +169,7 @@ def _checked(content: dict) -> Checkpoint:
         if not {"cfg", "state_dict"} <= content.keys():
             raise _Damaged("is not a checkpoint (no 'cfg' and 'state_dict')")
         content = {k: content[k] for k in ("cfg", "state_dict")} | {"kind": "original lab"}
-    elif content["format"] != FORMAT:
+    elif not isinstance(content["format"], int) or content["format"] != FORMAT:
         raise _Damaged(
             f"has format {content['format']!r}, this version of the lab reads {FORMAT}; "
             "use the version that wrote it"
@@ -182,7 +186,6 @@ def _checked(content: dict) -> Checkpoint:
             raise _Damaged(f"has no readable {name}")
     _check_history(checkpoint.history)
     _check_state(checkpoint)
-    _check_momentum(checkpoint)
     return checkpoint
 
 
@@ -194,21 +197,28 @@ def _check_history(history: dict) -> None:
         raise _Damaged("has a history with values that are not finite numbers")
 
 
-def _check_momentum(checkpoint: Checkpoint) -> None:
-    if not checkpoint.optimizer:
-        return
+def _check_momentum(checkpoint: Checkpoint, learned: list[Tensor]) -> None:
     momentum = checkpoint.optimizer.get("momentum")
-    learned = [
-        v for k, v in checkpoint.state_dict.items()
-        if not k.endswith(("running_mean", "running_var", "num_batches_tracked"))
-    ]  # fmt: skip
     if not isinstance(momentum, list) or len(momentum) != len(learned):
         raise _Damaged("has no readable optimizer state")
     for value, weight in zip(momentum, learned, strict=True):
-        if not isinstance(value, Tensor) or value.shape != weight.shape:
-            raise _Damaged("has an optimizer state of another network")
-        if not value.isfinite().all():
-            raise _Damaged("has an optimizer state that is not finite")
+        _check_tensor("the optimizer state", value, weight)
+
+
+def _check_tensor(name: str, value: object, expected: Tensor) -> None:
+    """`value` is a plain, finite tensor of the shape and type of `expected`."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise _Damaged(f"has no readable tensor for {name}")
+    if value.shape != expected.shape or value.dtype != expected.dtype:
+        raise _Damaged(
+            f"has {name} of shape {tuple(value.shape)} and {value.dtype}, its cfg asks for "
+            f"{tuple(expected.shape)} and {expected.dtype}"
+        )
+    # Few numbers, repeated by their strides to look like many, would take memory to check.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise _Damaged(f"has {name} with fewer numbers than its shape says")
+    if not value.isfinite().all():
+        raise _Damaged(f"has values in {name} that are not finite")
 
 
 def _check_state(checkpoint: Checkpoint) -> None:
@@ -230,12 +240,10 @@ def _check_state(checkpoint: Checkpoint) -> None:
         differ = sorted(map(str, expected.keys() ^ state.keys()))[:3]
         raise _Damaged(f"has other layers than its cfg says ({', '.join(differ)})")
     for name, value in expected.items():
-        if state[name].shape != value.shape or state[name].layout != torch.strided:
-            raise _Damaged(
-                f"has {name} of shape {tuple(state[name].shape)}, its cfg asks for "
-                f"{tuple(value.shape)}"
-            )
-        if not state[name].isfinite().all():
-            raise _Damaged(f"has values in {name} that are not finite")
+        _check_tensor(name, state[name], value)
         if name.endswith("running_var") and (state[name] < 0).any():
             raise _Damaged(f"has a negative variance in {name}")
+    if checkpoint.optimizer:
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        learned = [v for k, v in expected.items() if not k.endswith(buffers)]
+        _check_momentum(checkpoint, learned)

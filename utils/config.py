@@ -51,7 +51,7 @@ class Profile:
     finetune_epochs: int = 20
     finetune_lr: float = 0.05
     finetune_schedule: str = "cosine"
-    distillation: float = 0.5
+    distillation: float = 0.0
     """Weight of the dense network's logits in the fine-tuning loss, 0 to 1 (Hinton et al. 2015)."""
 
     test_batch_size: int = 1000
@@ -105,7 +105,7 @@ _RULES = {
         "letters, digits, - and _ (it names folders)",
     ),
     "data": _TEXT,
-    "depth": (lambda v: v in VGG_CFGS, f"one of {sorted(VGG_CFGS)}"),
+    "depth": (lambda v: _whole(v) and v in VGG_CFGS, f"one of {sorted(VGG_CFGS)}"),
     "width": (lambda v: _number(v) and 0 < v <= 4, "a number above 0 and at most 4"),
     "epochs": _COUNT,
     "lr": _POSITIVE,
@@ -168,7 +168,6 @@ PROFILES: dict[str, Profile] = {
             finetune_epochs=160,
             finetune_lr=0.1,
             finetune_schedule="step",
-            distillation=0.0,
         ),
         # For the tests: everything happens, nothing is learned.
         Profile(

@@ -1,6 +1,7 @@
 """A data set as tensors on the device; batches with crop and flip."""
 
 import hashlib
+import http.client
 import itertools
 import socket
 from collections.abc import Iterator
@@ -190,7 +191,7 @@ def _cifar10(root: Path) -> ImageData:
                 # torchvision checks the md5 of the archive and of every file in it, each time.
                 train, test = (source(root, train=t, download=True) for t in (True, False))
             break
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
             failures.append(f"{place}: {error}")
     else:
         raise ConnectionError(

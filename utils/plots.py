@@ -1,5 +1,6 @@
 """Each figure of the lab: numbers in, Figure out."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def ladder(
     percent = 100 * np.asarray(ratios)
     for ax, (l1_lambda, steps) in zip(axes[0], curves.items(), strict=True):
         ax.axhline(uncut[l1_lambda], color="gray", linestyle=":", label="before the cut")
-        for (name, accuracies), marker in zip(steps.items(), "osD^", strict=False):
+        for (name, accuracies), marker in zip(steps.items(), itertools.cycle("osD^"), strict=False):
             ax.plot(percent, accuracies, marker=marker, markersize=4, label=name)
         ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
         ax.grid(alpha=0.3)

@@ -45,12 +45,16 @@ class PruningPlan:
 
 def _floor(width: int, min_channels: int | float) -> int:
     """Channels that a layer of `width` must keep: a number, or a share of the layer."""
-    floor = math.ceil(min_channels * width) if isinstance(min_channels, float) else min_channels
-    return min(width, max(1, floor))
+    if isinstance(min_channels, float):
+        # Rounded first: 0.07 · 100 is 7.000000000000001 in binary.
+        min_channels = math.ceil(round(min_channels * width, 9))
+    return min(width, max(1, min_channels))
 
 
-def _round_to_multiple(kept: int, width: int, multiple: int) -> int:
-    return min(width, max(multiple, multiple * round(kept / multiple)))
+def _to_multiple(kept: int, floor: int, width: int, multiple: int) -> int:
+    """The multiple nearest to `kept` that is not below the floor, or the whole layer."""
+    least = math.ceil(floor / multiple)
+    return min(width, multiple * max(least, round(kept / multiple)))
 
 
 def plan_pruning(
@@ -81,10 +85,7 @@ def plan_pruning(
     if not ordered.isfinite().all():
         raise ValueError("the network has scaling factors γ that are not finite; it has diverged")
 
-    # A layer's floor protects its largest channels: those that the global order would prune last.
-    protected = [torch.zeros_like(g, dtype=torch.bool) for g in gammas]
-    for gamma, keep in zip(gammas, protected, strict=True):
-        keep[gamma.sort(stable=True).indices[-_floor(len(gamma), min_channels) :]] = True
+    protected = [_largest(g, _floor(len(g), min_channels)) for g in gammas]
     prunable = ~torch.cat(protected)[order]
 
     count = round(len(order) * pruning_ratio)
@@ -93,33 +94,42 @@ def plan_pruning(
             f"pruning_ratio = {pruning_ratio}: {count} of {len(order)} channels would go, but "
             f"min_channels = {min_channels} keeps all but {int(prunable.sum())}; lower one of them"
         )
-    pruned, values = order[prunable][:count], ordered[prunable]
+    pruned = order[prunable][:count]
     keep = torch.ones_like(order, dtype=torch.bool)
     keep[pruned] = False
     cfg_mask = list(keep.split([len(g) for g in gammas]))
     if multiple_of > 1:
         cfg_mask = [
-            _keep_largest(g, _round_to_multiple(int(m.sum()), len(g), multiple_of))
+            _largest(
+                g, _to_multiple(int(m.sum()), _floor(len(g), min_channels), len(g), multiple_of)
+            )
             for g, m in zip(gammas, cfg_mask, strict=True)
         ]
     widths = iter(int(m.sum()) for m in cfg_mask)
     cfg = [v if v == "M" else next(widths) for v in model.cfg]
-    # Halfway between the last channel to go and the first to stay.
-    threshold = values[count - 1 : count + 1].mean().item() if count else 0.0
+    threshold = _halfway(torch.cat(gammas), keep) if count else 0.0
     return PruningPlan(pruning_ratio, threshold, cfg, cfg_mask)
 
 
-def _keep_largest(gamma: Tensor, count: int) -> Tensor:
+def _halfway(gamma: Tensor, keep: Tensor) -> float:
+    """Between the largest |γ| that goes and the next larger that stays."""
+    last = gamma[~keep].max()
+    above = gamma[keep & (gamma >= last)]
+    return ((last + above.min()) / 2 if len(above) else last).item()
+
+
+def _largest(gamma: Tensor, count: int) -> Tensor:
+    """True for the `count` largest of a layer: those that the global order would prune last."""
     keep = torch.zeros_like(gamma, dtype=torch.bool)
     keep[gamma.sort(stable=True).indices[len(gamma) - count :]] = True
     return keep
 
 
 def _check_fits(model: VGG, plan: PruningPlan) -> None:
-    widths = [v for v in model.cfg if v != "M"]
-    masked = [m.numel() for m in plan.cfg_mask]
-    if widths != masked:
-        raise ValueError(f"the plan is for layers of {masked} channels, the model has {widths}")
+    widths = iter(m.numel() for m in plan.cfg_mask)
+    planned = [v if v == "M" else next(widths) for v in plan.cfg]
+    if planned != model.cfg:
+        raise ValueError(f"the plan is for a network of cfg {planned}, the model has {model.cfg}")
 
 
 def mask(model: VGG, plan: PruningPlan) -> VGG:
