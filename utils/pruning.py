@@ -11,7 +11,7 @@ from models.vgg import VGG
 from utils.sparsity import bn_layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PruningPlan:
     """Which channels stay. Made by `plan_pruning`, applied by `mask` and `slim`."""
 
@@ -53,6 +53,8 @@ def _floor(width: int, min_channels: int | float) -> int:
 
 def _to_multiple(kept: int, floor: int, width: int, multiple: int) -> int:
     """The multiple nearest to `kept` that is not below the floor, or the whole layer."""
+    if kept == width:
+        return width
     least = math.ceil(floor / multiple)
     return min(width, multiple * max(least, round(kept / multiple)))
 
@@ -154,8 +156,9 @@ def slim(model: VGG, plan: PruningPlan) -> VGG:
     """
     _check_fits(model, plan)
     reference = model.classifier.weight
-    slimmed = VGG(plan.cfg, num_classes=model.classifier.out_features)
-    slimmed.to(reference.device, reference.dtype).train(model.training)
+    with torch.device("meta"):  # no memory and no random numbers: every weight is copied below
+        slimmed = VGG(plan.cfg, num_classes=model.classifier.out_features)
+    slimmed = slimmed.to(reference.dtype).to_empty(device=reference.device).train(model.training)
     in_idx = torch.arange(3, device=reference.device)  # the colour channels all stay
     out_masks = iter(plan.cfg_mask)
     with torch.no_grad():
@@ -169,6 +172,7 @@ def slim(model: VGG, plan: PruningPlan) -> VGG:
                 for name in ("weight", "bias", "running_mean", "running_var"):
                     getattr(new, name).copy_(getattr(old, name)[out_idx])
                 new.num_batches_tracked.copy_(old.num_batches_tracked)
+                new.eps, new.momentum = old.eps, old.momentum
         slimmed.classifier.weight.copy_(model.classifier.weight[:, in_idx])
         slimmed.classifier.bias.copy_(model.classifier.bias)
     return slimmed
