@@ -185,8 +185,8 @@ def _digits() -> ImageData:
 
 
 def _cifar10(root: Path) -> ImageData:
-    # At each start torchvision checks the md5 of the archive and of every file in it, and mends what
-    # is damaged. This one file it does not mend.
+    # At each start torchvision checks the md5 of the archive and of every file in it, and mends
+    # what is damaged. This one file it does not mend.
     labels = root / CIFAR10.base_folder / CIFAR10.meta["filename"]
     if labels.exists() and not check_integrity(labels, CIFAR10.meta["md5"]):
         shutil.rmtree(labels.parent)
