@@ -2,6 +2,7 @@
 # make notebook   open them in JupyterLab
 # make test       lint and tests
 # make benchmark  how fast training is, against the plain loop
+# make soak       the reliability tests for hours
 # make clean      remove what runs have written (checkpoints included) and the environment
 
 PYTHON  ?= python3
@@ -25,7 +26,7 @@ benchmark: .venv/lab
 	$(BIN)/python -m benchmarks.train_speed
 
 soak: .venv/dev
-	$(BIN)/python -m pytest tests/test_reliability.py tests/test_pruning.py --soak
+	$(BIN)/python -m pytest -m reliability --soak
 
 # Each environment file is made anew when its requirements change.
 .venv/lab: requirements.txt

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from utils.config import get_profile
-from utils.results import final_table
+from utils.results import report
 
 NOTEBOOKS = ("sparsity_train.ipynb", "vggprune.ipynb", "train_prune_model.ipynb")
 ROOT = Path(__file__).resolve().parent
@@ -61,7 +61,7 @@ def main() -> None:
         except CellExecutionError as error:
             sys.exit(f"{name} stopped: {error.ename}: {error.evalue}\nSee {folder / name}")
     print(f"\n══════════ done in {(time.monotonic() - began) / 60:.1f} min ══════════\n")
-    print(final_table(folder).to_string())
+    print(report(folder))
     print(f"\nThe executed notebooks, the pictures and results.json: {folder.relative_to(ROOT)}/")
 
 

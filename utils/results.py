@@ -6,7 +6,6 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from utils.config import Profile
@@ -42,12 +41,55 @@ def read(folder: Path) -> dict:
         raise ValueError(f"{path}: not readable as JSON ({error}); delete it") from None
 
 
-def final_table(folder: Path) -> pd.DataFrame:
-    """Dense → sparse → slim → finetuned, as notebook 3 recorded it."""
-    return pd.DataFrame(read(folder)["train_prune_model"]["table"]).set_index("network")
+def report(folder: Path) -> str:
+    """What the three notebooks found, as three tables in Markdown."""
+    results = read(folder)
+    trained = [
+        {
+            "λ": f"{run['l1_lambda']:g}",
+            "training accuracy (%)": f"{run['train_accuracy'][-1]:.2f}",
+            "test accuracy (%)": f"{run['test_accuracy'][-1]:.2f}",
+            "sparsity": f"{run['sparsity'][-1]:.3f}",
+        }
+        for run in results["sparsity_train"]["runs"]
+    ]
+    rungs = ("before the cut", "raw cut", "β absorbed", "β absorbed, BN recalibrated")
+    cuts = [
+        {"pruned": f"{cut['pruning_ratio']:.0%}"} | {rung: f"{cut[rung]:.2f}" for rung in rungs}
+        for cut in results["vggprune"]["cuts"]
+    ]
+    networks = [
+        {
+            "network": row["network"],
+            "test accuracy (%)": f"{row['test accuracy (%)']:.2f}",
+            "parameters": f"{row['parameters']:,}",
+            "MACs (M)": f"{row['MACs (M)']:.2f}",
+            "file (kB)": f"{row['file (kB)']:,}",
+            "batch of 1 (ms)": f"{row['batch of 1 (ms)']:.2f}",
+            "batch of 256 (ms)": f"{row['batch of 256 (ms)']:.1f}",
+        }
+        for row in results["train_prune_model"]["table"]
+    ]
+    return "\n\n".join(map(_markdown, (trained, cuts, networks)))
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    """Rows as a table that reads well as Markdown and as plain text; figures to the right."""
+    columns = list(rows[0])
+    width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    first, *others = columns
+    lines = [
+        [first.ljust(width[first]), *(c.rjust(width[c]) for c in others)],
+        ["-" * width[first], *("-" * (width[c] - 1) + ":" for c in others)],
+        *(
+            [row[first].ljust(width[first]), *(row[c].rjust(width[c]) for c in others)]
+            for row in rows
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the final table of a run.")
+    parser = argparse.ArgumentParser(description="Print the tables of a run.")
     parser.add_argument("folder", type=Path, help="figures/<profile>")
-    print(final_table(parser.parse_args().folder).to_string())
+    print(report(parser.parse_args().folder))

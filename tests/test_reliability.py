@@ -1,0 +1,277 @@
+"""The table of reliability: a test is a row, its docstring the property. `--soak` runs for hours.
+
+The negative controls at the end break a guarantee on purpose and expect the difference to be seen.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    TINY_CFG,
+    Trap,
+    damage,
+    every_save_kept,
+    interrupt_save,
+    run,
+    same,
+    start,
+    tiny_checkpoint,
+    train,
+)
+
+from utils import checkpoint, data, training
+from utils.checkpoint import CheckpointError, load, save
+from utils.engine import TrainStep
+
+pytestmark = pytest.mark.reliability
+
+EPOCHS = 6  # of the runs that are killed
+OLD, NEW = tiny_checkpoint(seed=1), tiny_checkpoint(seed=2)
+
+
+def bytes_of(path: Path, content: checkpoint.Checkpoint) -> bytes:
+    save(path, content)
+    return path.read_bytes()
+
+
+# --- runs that are cut off -----------------------------------------------------------------------
+
+
+def test_resume_from_every_epoch_boundary(tmp_path, soak, times):
+    """resume from every epoch boundary gives the same bytes"""
+    path, epochs = tmp_path / "x.pt", 50 if soak else 5
+    with every_save_kept() as after_epoch:
+        train(path, epochs=epochs)
+    for k in times(5, 50):
+        path.write_bytes(after_epoch[k])
+        train(path, epochs=epochs)
+        assert path.read_bytes() == after_epoch[-1]
+
+
+def train_and_tell(path: Path, told: Path) -> None:
+    """Train; write down each epoch as it begins, since a killed process can't be asked."""
+    run_epoch = training._run_epoch
+
+    def tell(step, images, profile, epoch, *rest):
+        with told.open("a") as file:
+            file.write(f"{epoch}\n")
+        return run_epoch(step, images, profile, epoch, *rest)
+
+    training._run_epoch = tell
+    train(path, epochs=EPOCHS)
+
+
+class Runs:
+    """One training, cut off at random moments and started again until it is done; then anew."""
+
+    def __init__(self, folder: Path):
+        self.path, self.told = folder / "x.pt", folder / "told"
+        self.draw = random.Random(0)
+        assert run(time.sleep, 0) == 0  # the server of the processes is there from now on
+        begun = time.monotonic()
+        self.finish(expected=None)
+        self.seconds = time.monotonic() - begun
+
+    def cut_off(self, number: int) -> None:
+        """Send the signal `number` to the run at a random moment before its end."""
+        while True:
+            child = start(train_and_tell, self.path, self.told)
+            child.join(self.draw.uniform(0, self.seconds))
+            if child.exitcode is None:
+                os.kill(child.pid, number)
+            child.join(60)
+            assert child.exitcode is not None, "the run hangs"
+            if self.path.exists():
+                load(self.path, kind="trained")
+            if child.exitcode != 0:
+                assert number != signal.SIGKILL or child.exitcode == -signal.SIGKILL
+                return
+            self.finish(self.whole)  # it was faster than the signal
+
+    def finish(self, expected: bytes | None) -> None:
+        assert run(train_and_tell, self.path, self.told) == 0
+        self.whole = self.path.read_bytes()
+        assert expected in (None, self.whole), "not what the run that was left alone gives"
+        begun = [int(line) for line in self.told.read_text().split()]
+        assert set(begun) == set(range(EPOCHS))
+        again = [b - a for a, b in itertools.pairwise(begun)]
+        assert set(again) <= {0, 1}, "more than the epoch that was cut off is repeated"
+        assert {*self.path.parent.iterdir()} == {self.path, self.told}
+        self.path.unlink()
+        self.told.unlink()
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path)
+
+
+def test_killed_at_random_moments(runs, times):
+    """SIGKILL at random moments, restarted until done: same bytes, ≤ 1 epoch repeated"""
+    for _ in times(10, 500):
+        runs.cut_off(signal.SIGKILL)
+    runs.finish(runs.whole)
+
+
+def test_stopped_with_the_stop_button(runs, times):
+    """SIGINT (the stop button), run again: same bytes, ≤ 1 epoch repeated"""
+    for _ in times(2, 50):
+        runs.cut_off(signal.SIGINT)
+    runs.finish(runs.whole)
+
+
+def test_a_clock_that_jumps(tmp_path, monkeypatch, times):
+    """a clock that jumps changes nothing"""
+    train(tmp_path / "whole.pt")
+    clock = random.Random(0)
+    for k in times(1, 100):
+        with monkeypatch.context() as patch:
+            for name in ("time.time", "time.monotonic", "tqdm.std.time"):
+                patch.setattr(name, lambda: clock.uniform(-1e9, 1e9))
+            train(tmp_path / f"{k}.pt")
+        assert (tmp_path / f"{k}.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+def test_a_folder_that_vanishes(tmp_path, monkeypatch, times):
+    """a folder that vanishes during a run is made again, and nothing is lost"""
+    train(tmp_path / "whole.pt")
+    path = tmp_path / "drive" / "folder" / "x.pt"
+
+    def vanish_and_save(*args):
+        shutil.rmtree(tmp_path / "drive", ignore_errors=True)
+        save(*args)
+
+    monkeypatch.setattr(training, "save", vanish_and_save)
+    for _ in times(1, 100):
+        train(path)
+        assert path.read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def save_and_die(path: Path, line: int) -> None:
+    interrupt_save(path, NEW, line, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_killed_at_each_step_inside_save(tmp_path, times):
+    """killed at each step inside save(): the old file or the new one, whole"""
+    path = tmp_path / "x.pt"
+    new, old = bytes_of(path, NEW), bytes_of(path, OLD)
+    for _ in times(1, 20):
+        found = []
+        for line in itertools.count(1):
+            path.write_bytes(old)
+            if run(save_and_die, path, line) == 0:  # it has no such line
+                break
+            found.append(path.read_bytes())
+            assert found[-1] in (old, new)
+            load(path)
+        assert len(found) > 15 and found == sorted(found, key=[old, new].index)
+        assert {old, new} == set(found)
+
+
+def test_damaged_checkpoints(tmp_path, times):
+    """damaged checkpoints: CheckpointError, or every bit as it was; no code run"""
+    path, canary, draw = tmp_path / "x.pt", tmp_path / "canary", random.Random(0)
+    whole, other = bytes_of(path, OLD), bytes_of(path, NEW)
+    torch.save({"cfg": TINY_CFG, "state_dict": OLD.state_dict, "x": Trap(canary)}, path)
+    trapped = path.read_bytes()
+    refused = []
+    for _ in times(300, 20_000):
+        what, broken = damage(draw.choice([whole, whole, whole, trapped]), other, draw)
+        path.write_bytes(broken)
+        try:
+            found = load(path)
+        except CheckpointError as error:
+            refused.append(True)
+            assert str(path) in str(error)
+        else:  # nobody reads every bit of a zip archive: the time of an entry, say
+            refused.append(False)
+            assert same(found, OLD) or same(found, NEW), what
+        assert path.read_bytes() == broken and not canary.exists(), what
+    assert sum(refused) > 0.8 * len(refused)
+
+
+# --- negative controls ---------------------------------------------------------------------------
+
+
+def resumed_differs(tmp_path: Path) -> bool:
+    """Whether a run resumed after its first epoch gives other weights than the whole run."""
+    with every_save_kept() as after_epoch:
+        train(tmp_path / "whole.pt")
+    (tmp_path / "part.pt").write_bytes(after_epoch[0])
+    train(tmp_path / "part.pt")
+    whole, part = load(tmp_path / "whole.pt"), load(tmp_path / "part.pt")
+    return not same(whole.state_dict, part.state_dict)
+
+
+def test_control_nothing_broken(tmp_path):
+    """negative control: with nothing broken no difference is seen"""
+    assert not resumed_differs(tmp_path)
+
+
+def test_control_wrong_seed(tmp_path):
+    """negative control: a wrong seed is seen"""
+    train(tmp_path / "1.pt", seed=1)
+    train(tmp_path / "2.pt", seed=2)
+    assert not same(load(tmp_path / "1.pt").state_dict, load(tmp_path / "2.pt").state_dict)
+
+
+def test_control_random_numbers_that_depend_on_the_past(tmp_path, monkeypatch):
+    """negative control: an epoch's RNG not derived from (seed, epoch) is seen"""
+    one_for_all = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(data, "_generator", lambda seed, epoch: one_for_all)
+    assert resumed_differs(tmp_path)
+
+
+def test_control_momentum_forgotten(tmp_path, monkeypatch):
+    """negative control: momentum that is not restored is seen"""
+    monkeypatch.setattr(TrainStep, "load_state_dict", lambda *_: None)
+    assert resumed_differs(tmp_path)
+
+
+def test_control_checksums_unchecked(tmp_path, monkeypatch):
+    """negative control: without the CRC check damage goes unseen"""
+    path = tmp_path / "x.pt"
+    whole = bytes_of(path, OLD)
+
+    def unseen():
+        draw, count = random.Random(0), 0
+        for _ in range(200):
+            path.write_bytes(damage(whole, whole, draw)[1])
+            with contextlib.suppress(CheckpointError):
+                count += not same(load(path), OLD)
+        return count
+
+    assert unseen() == 0
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: None)
+    assert unseen() > 0
+
+
+def test_control_written_in_place(tmp_path, monkeypatch):
+    """negative control: a save() that writes in place is seen"""
+    path = tmp_path / "x.pt"
+    new, old = bytes_of(path, NEW), bytes_of(path, OLD)
+
+    monkeypatch.setattr(Path, "with_name", lambda self, _: self)  # no file beside the target
+    found = set()
+
+    def look():
+        if path.exists():
+            found.add(path.read_bytes())
+
+    for line in itertools.count(1):
+        path.write_bytes(old)
+        if not interrupt_save(path, NEW, line, look):
+            break
+    assert found - {old, new}
