@@ -13,7 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from utils.config import get_profile
+from utils.config import PROFILES, get_profile
 from utils.results import report
 
 NOTEBOOKS = ("sparsity_train.ipynb", "vggprune.ipynb", "train_prune_model.ipynb")
@@ -37,6 +37,7 @@ def run(name: str, target: Path) -> None:
         kernel_name="python3",
         timeout=None,
         coalesce_streams=True,  # of a progress bar only the last state is kept
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no word about its local TCP ports
         resources={"metadata": {"path": str(ROOT)}},
     )
     try:
@@ -47,10 +48,13 @@ def run(name: str, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", default="quick", help="quick, laptop, cifar10 or paper")
+    parser.add_argument("--profile", default="quick", choices=PROFILES)
     profile = get_profile(parser.parse_args().profile)
+    data = os.environ.get("LAB_DATA")
     os.environ["LAB_PROFILE"] = profile.name
-    os.environ["LAB_COMMAND"] = f"make lab PROFILE={profile.name}"
+    os.environ["LAB_COMMAND"] = f"make lab PROFILE={profile.name}" + (
+        f' LAB_DATA="{data}"' if data else ""
+    )
     folder = ROOT / "figures" / profile.name
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

@@ -475,3 +475,12 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_epoch(tmp_path, monkeypatc
     assert path.read_bytes() == runs[1]
     train(path)
     assert path.read_bytes() == runs[2]
+
+
+def test_a_gpu_too_small_for_the_batch_is_told_by_the_batch_size(monkeypatch):
+    def too_much(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainStep, "__call__", too_much)
+    with pytest.raises(MemoryError, match="batch_size = 10: too large"):
+        fit(tiny_model(), tiny_data(), tiny_profile(), engine=Engine("cpu", "float32"))

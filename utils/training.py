@@ -135,7 +135,7 @@ def fit(
 
     Raises ValueError for λ < 0 or data that do not fit the model; CheckpointError if the file was
     made with other settings, and which; DivergenceError if the run diverges: the file then holds
-    the last sound epoch.
+    the last sound epoch; MemoryError if a GPU is too small for the batch.
     """
     _require_fit(model, data, l1_lambda)
     device = next(model.parameters()).device
@@ -200,10 +200,15 @@ def _run_epoch(
         crop_padding=profile.crop_padding,
         flip=profile.flip,
     )
-    for images, labels in batches:
-        step(images, labels)
-        bar.update()
-    loss, accuracy = step.read()
+    try:
+        for images, labels in batches:
+            step(images, labels)
+            bar.update()
+        loss, accuracy = step.read()
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(
+            f"batch_size = {profile.batch_size}: too large for the memory of this GPU; lower it"
+        ) from error
     _require_sound(step.model, loss, step.l1_lambda, lr, epoch)
     test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
     return {
