@@ -481,6 +481,6 @@ def test_a_gpu_too_small_for_the_batch_is_told_by_the_batch_size(monkeypatch):
     def too_much(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TrainStep, "__call__", too_much)
+    monkeypatch.setattr(TrainStep, "_step", too_much)
     with pytest.raises(MemoryError, match="batch_size = 10: too large"):
         fit(tiny_model(), tiny_data(), tiny_profile(), engine=Engine("cpu", "float32"))

@@ -119,7 +119,8 @@ def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:
 def load_all(folder: str | Path, kind: str, *, data: str) -> list[Checkpoint]:
     """Every checkpoint of `kind` in `folder`, by file name; CheckpointError if there is none.
 
-    `data` is the `fingerprint` of the images in use: networks made with others raise, too.
+    `data` is the `fingerprint` of the images in use: networks made with others raise, too, and so
+    do those whose training was not finished.
     """
     paths = sorted(Path(folder).glob(f"{kind}_*.pt"))
     if not paths:
@@ -130,6 +131,11 @@ def load_all(folder: str | Path, kind: str, *, data: str) -> list[Checkpoint]:
             raise CheckpointError(
                 f"{path} was made with the data {checkpoint.settings.get('data')!r}, now {data!r}. "
                 f"Set LAB_DATA back, or run {WRITTEN_BY[kind]} again."
+            )
+        done, wanted = len(checkpoint.history.get("lr", [])), checkpoint.settings.get("epochs", 0)
+        if done < wanted:
+            raise CheckpointError(
+                f"{path}: {done} of {wanted} epochs are done; run {WRITTEN_BY[kind]} to the end"
             )
     return checkpoints
 

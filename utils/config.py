@@ -187,15 +187,16 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def get_profile(name: str | None = None, **overrides) -> Profile:
-    """The profile `name`, else the one that LAB_PROFILE names, else "cifar10".
+def get_profile(profile: str | None = None, /, **overrides) -> Profile:
+    """The named profile, else the one that LAB_PROFILE names, else "cifar10".
 
-    `overrides` replace single values; None leaves the profile's own. LAB_DATA, a folder of images,
-    takes the place of the profile's data. Raises ValueError for an unknown profile or field.
+    `overrides` replace single values (`name` among them: a run of its own, with its own folders);
+    None leaves the profile's own. LAB_DATA, a folder of images, takes the place of the profile's
+    data. Raises ValueError for an unknown profile or field.
     """
-    name = name or os.environ.get("LAB_PROFILE") or "cifar10"
-    if name not in PROFILES:
-        raise ValueError(f"profile = {name!r}: must be one of {', '.join(PROFILES)}")
+    profile = profile or os.environ.get("LAB_PROFILE") or "cifar10"
+    if profile not in PROFILES:
+        raise ValueError(f"profile = {profile!r}: must be one of {', '.join(PROFILES)}")
     fields = [f.name for f in dataclasses.fields(Profile)]
     for field in overrides:
         if field not in fields:
@@ -205,4 +206,4 @@ def get_profile(name: str | None = None, **overrides) -> Profile:
     chosen = {k: v for k, v in overrides.items() if v is not None}
     if os.environ.get("LAB_DATA"):
         chosen.setdefault("data", os.environ["LAB_DATA"])
-    return dataclasses.replace(PROFILES[name], **chosen)
+    return dataclasses.replace(PROFILES[profile], **chosen)

@@ -89,12 +89,15 @@ def seconds_per_epoch(
     """How long an epoch of training and testing will take, from a few steps on a copy."""
     engine = engine or choose_engine(model, data, profile)
     step = _time_steps(model, data, profile, engine, profile.batch_size)
-    start = time.perf_counter()
+    images, _ = next(data.plain_batches("test", profile.test_batch_size))
+    images = images.contiguous(memory_format=torch.channels_last)
+    tester = copy.deepcopy(model).eval()
     with torch.inference_mode():
-        images, _ = next(data.plain_batches("test", profile.test_batch_size))
-        copy.deepcopy(model).eval()(images)
-        _wait(engine.device)
-    test = (time.perf_counter() - start) / len(images) * len(data.test_labels)
+        for _ in range(2 if engine.device == "cuda" else 1):  # a GPU's first call loads kernels
+            start = time.perf_counter()
+            tester(images)
+            _wait(engine.device)
+            test = (time.perf_counter() - start) / len(images) * len(data.test_labels)
     return step * len(data.train_labels) / profile.batch_size + test
 
 
@@ -144,7 +147,7 @@ class TrainStep:
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             # On the device, so that a captured graph reads it anew at every step.
-            lr=torch.tensor(profile.lr, device=device) if on_cuda else profile.lr,
+            lr=torch.tensor(float(profile.lr), device=device) if on_cuda else profile.lr,
             momentum=profile.momentum,
             weight_decay=profile.weight_decay,
             nesterov=profile.nesterov,
@@ -155,13 +158,21 @@ class TrainStep:
         # float16 alone has too small a range for gradients; they are scaled up and back.
         self.scaler = torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
-        # A T4 spends 16 ms on a float16 step: its launches need no graph, and the scaler has one
-        # branch too many for it.
+        # A T4 is estimated to need 16 ms for a float16 step: its launches are no limit, so the
+        # scaler's state need not be part of a graph.
         self.capture = on_cuda and engine.precision != "float16"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
+        try:
+            self._run(images, labels)
+        except torch.cuda.OutOfMemoryError as error:
+            raise MemoryError(
+                f"batch_size = {len(images)}: too large for the memory of this GPU; lower it"
+            ) from error
+
+    def _run(self, images: Tensor, labels: Tensor) -> None:
         if self.capture and self.graph is None:
             self._capture(images, labels)
         if self.graph is None or len(images) != len(self.inputs[0]):  # a last, smaller batch
@@ -197,7 +208,8 @@ class TrainStep:
         with torch.no_grad():
             for p, saved in zip(self.model.parameters(), state["momentum"], strict=True):
                 self.optimizer.state[p]["momentum_buffer"].copy_(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the run was float16
+            self.scaler.load_state_dict(state["scaler"])
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,7 +244,7 @@ class TrainStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader may pin memory
             self._step(*self.inputs)
         with torch.no_grad():
             for tensor, value in zip(state, before, strict=True):

@@ -79,7 +79,7 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
         top.hist(gamma, bins=shared, color=TRAIN)
         top.set(title=f"λ = {l1_lambda:g}", yscale="log", ylim=(0.7, 2 * len(gamma)))
         # Below, the scale that holds the smaller half of this network's own γ and their vicinity.
-        reach = max(4 * float(np.median(np.abs(gamma))), 1e-12)
+        reach = min(4 * float(np.median(np.abs(gamma))), float(np.abs(gamma).max())) or 1e-12
         zoomed = gamma[np.abs(gamma) <= reach]
         bottom.hist(zoomed, bins=np.linspace(-reach, reach, 61), color=SPARSITY)
         bottom.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))

@@ -97,7 +97,8 @@ def learning_rate(profile: Profile, epoch: int) -> float:
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
     """Loss and accuracy over (images, labels) batches, in float32, with the running BN statistics.
 
-    Leaves `model` in the mode it was in. Raises ValueError without a batch.
+    Leaves `model` in the mode it was in. Raises ValueError without a batch. (On a GPU of compute
+    capability 8 or more torch computes float32 convolutions in TF32.)
     """
     was_training = model.training
     model.eval()
@@ -153,6 +154,8 @@ def fit(
             history = History(**saved.history)
             engine = _engine_of(saved, device) or engine
             print(f"{checkpoint}: {len(history)} of {profile.epochs} epochs were done before")
+            for epoch in range(len(history)):
+                print(history.line(epoch, profile.epochs))
         if len(history) == profile.epochs:
             return history
         engine = engine or choose_engine(model, data, profile)
@@ -200,15 +203,10 @@ def _run_epoch(
         crop_padding=profile.crop_padding,
         flip=profile.flip,
     )
-    try:
-        for images, labels in batches:
-            step(images, labels)
-            bar.update()
-        loss, accuracy = step.read()
-    except torch.cuda.OutOfMemoryError as error:
-        raise MemoryError(
-            f"batch_size = {profile.batch_size}: too large for the memory of this GPU; lower it"
-        ) from error
+    for images, labels in batches:
+        step(images, labels)
+        bar.update()
+    loss, accuracy = step.read()
     _require_sound(step.model, loss, step.l1_lambda, lr, epoch)
     test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
     return {
@@ -264,17 +262,24 @@ def _require_same(wanted: dict, found: dict, path: str | Path) -> None:
     if differ:
         raise CheckpointError(
             f"{path} was made with {'; '.join(differ)}. Set that back to go on with it, delete the "
-            "file to start anew, or give the new settings a profile name of their own."
+            "file to start anew, or set run_name: a run of its own, with files of its own."
         )
 
 
 def _engine_of(saved: Checkpoint, device: torch.device) -> Engine | None:
-    """The engine that the run began with, if this device has it: the same to the last bit."""
+    """The engine that the run began with, if this device has it (on a CPU: to the last bit)."""
     try:
         engine = Engine(**saved.optimizer["engine"])
     except (KeyError, TypeError):
         return None
-    return engine if engine.device == device.type else None
+    if engine.device != device.type:
+        return None
+    emulated = (
+        device.type == "cuda"
+        and engine.precision == "bfloat16"
+        and torch.cuda.get_device_capability(device)[0] < 8
+    )
+    return None if emulated else engine
 
 
 @contextmanager
@@ -291,7 +296,7 @@ def _only_writer(checkpoint: str | Path | None) -> Iterator[None]:
     except Timeout:
         raise CheckpointError(
             f"{checkpoint}: another notebook is writing this file now. Stop that one or wait for "
-            "it, or give this run a profile name of its own."
+            "it, or set run_name: a run of its own."
         ) from None
     try:
         path = Path(checkpoint)
