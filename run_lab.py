@@ -47,6 +47,7 @@ def run(name: str, target: Path) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8")  # λ and γ, on Windows too
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="quick", choices=PROFILES)
     profile = get_profile(parser.parse_args().profile)

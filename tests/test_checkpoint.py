@@ -470,7 +470,8 @@ def _load_in_little_memory(path: Path) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     before = most_used()
-    resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))  # spare the machine
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, now + 2**30))  # spare the machine
     with pytest.raises(CheckpointError):
         load(path)
     assert most_used() - before < 64 * 2**20
