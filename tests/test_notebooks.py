@@ -115,6 +115,12 @@ def test_cells_are_short(name):
     assert statistics.median(lines) <= 16
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_formulas_are_not_escaped_twice(name):
+    cells = nbformat.read(ROOT / name, as_version=4).cells
+    assert not any("\\\\" in c.source for c in cells if c.cell_type == "markdown")
+
+
 def test_all_notebooks_begin_with_the_same_setup():
     assert len({code_cells(ROOT / name)[0].source for name in NOTEBOOKS}) == 1
 

@@ -48,14 +48,18 @@ def mass_below(gammas: Tensor, pruning_ratio: float) -> float:
 
 
 def is_collapsed(gammas: Tensor, eps: float = EPS) -> bool:
-    """True when λ was so strong that no scaling factor of consequence is left."""
-    return gammas.abs().max().item() < eps
+    """True when λ was so strong that less than 1 % of the channels have |γ| ≥ eps.
+
+    Not "none": a few may stay on in a network that has stopped working.
+    """
+    return (gammas.abs() >= eps).double().mean().item() < 0.01
 
 
 def verdict(gammas: Tensor, pruning_ratio: float, safe_mass: float = 0.01) -> str:
     """One sentence on whether a network with these γ can lose `pruning_ratio` of its channels."""
     if is_collapsed(gammas):
-        return f"collapsed: the largest |γ| is {gammas.abs().max():.1e}; λ is too strong"
+        alive = (gammas.abs() >= EPS).double().mean()
+        return f"collapsed: |γ| ≥ {EPS:g} in {alive:.1%} of the channels; λ is too strong"
     mass = mass_below(gammas, pruning_ratio)
     if mass <= safe_mass:
         return f"safe to cut {pruning_ratio:.0%}: those channels hold {mass:.2%} of Σ|γ|"
