@@ -94,10 +94,18 @@ def test_collapsed_means_that_no_gamma_reaches_eps(largest, collapsed):
     assert is_collapsed(torch.tensor([0.0, largest, 0.1]), eps=0.25) is collapsed
 
 
+@pytest.mark.parametrize(("alive", "collapsed"), [(1, True), (9, True), (10, False)])
+def test_a_few_channels_that_stay_on_do_not_hide_a_collapse(alive, collapsed):
+    """At λ = 1e-2 one channel of 1,376 stayed on, while the accuracy was that of guessing."""
+    gammas = torch.full((1000,), 1e-5)
+    gammas[:alive] = 0.5
+    assert is_collapsed(gammas) is collapsed
+
+
 @pytest.mark.parametrize(
     ("gammas", "words"),
     [
-        ([1e-5, -3e-5, 2e-5, 0.0], ["collapsed", "3.0e-05", "λ is too strong"]),
+        ([1e-5, -3e-5, 2e-5, 0.0], ["collapsed", "0.0%", "λ is too strong"]),
         ([1.0, 1e-4, -2.0, 0.0], ["safe", "50%", "0.00%"]),
         ([1.0, 99.0], ["safe", "50%", "1.00%"]),  # exactly the mass that counts as safe
         ([1.0, -1.0, 2.0, 4.0], ["too little sparsity", "50%", "25.0%"]),
