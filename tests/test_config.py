@@ -40,6 +40,7 @@ INVALID = [
     ("pruning_ratios", (0.5, 1.5)), ("pruning_ratios", (NAN,)), ("pruning_ratios", (0.5, 0.5)),
     ("pruning_ratios", 0.5), ("min_channels", 0), ("min_channels", -2), ("min_channels", 1.5),
     ("min_channels", NAN), ("min_channels", True), ("min_channels", "2"),
+    ("multipass_ratios", (0.9, 0.7)), ("multipass_ratios", (1,)), ("multipass_ratios", 0.7),
     ("finetune_epochs", 0), ("finetune_epochs", 2.5), ("finetune_lr", 0), ("finetune_lr", INF),
     ("finetune_schedule", "none"), ("distillation", -0.1), ("distillation", 1.1),
     ("distillation", NAN), ("test_batch_size", 0), ("test_batch_size", None),

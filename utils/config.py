@@ -47,6 +47,9 @@ class Profile:
     pruning_ratios: tuple[float, ...] = (0.5, 0.9)
     min_channels: int | float = 2
     """Channels that every layer keeps: a number, or a share of the layer."""
+    multipass_ratios: tuple[float, ...] = (0.7, 0.9)
+    """Cut to the first ratio, train with the penalty again, cut on to the next (Liu et al. 2017,
+    section 3). () to leave it out."""
 
     finetune_epochs: int = 20
     finetune_lr: float = 0.05
@@ -57,7 +60,7 @@ class Profile:
     test_batch_size: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("l1_lambdas", "pruning_ratios"):
+        for name in ("l1_lambdas", *_RATIOS):
             value = getattr(self, name)
             _require(isinstance(value, list | tuple), name, value, "a list of numbers")
             object.__setattr__(self, name, tuple(value))
@@ -65,9 +68,11 @@ class Profile:
             _require(test(getattr(self, name)), name, getattr(self, name), rule)
         for name, (test, rule) in _ENTRY_RULES.items():
             value = getattr(self, name)
-            _require(len(value) > 0, name, value, "at least one number")
+            _require(len(value) > 0 or name == "multipass_ratios", name, value, "not empty")
             _require(all(test(v) for v in value), name, value, rule)
             _require(len(set(value)) == len(value), name, value, "all different")
+        ascending = list(self.multipass_ratios) == sorted(self.multipass_ratios)
+        _require(ascending, "multipass_ratios", self.multipass_ratios, "ascending")
         _require(not self.nesterov or self.momentum > 0, "nesterov", True, "False without momentum")
 
     @property
@@ -128,9 +133,11 @@ _RULES = {
     "distillation": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "test_batch_size": _COUNT,
 }
+_RATIOS = ("pruning_ratios", "multipass_ratios")
+_RATIO = (lambda v: _number(v) and 0 <= v < 1, "numbers of at least 0 and below 1")
 _ENTRY_RULES = {
     "l1_lambdas": (lambda v: _number(v) and v >= 0, "finite numbers of at least 0"),
-    "pruning_ratios": (lambda v: _number(v) and 0 <= v < 1, "numbers of at least 0 and below 1"),
+    **dict.fromkeys(_RATIOS, _RATIO),
 }
 
 
@@ -156,7 +163,7 @@ PROFILES: dict[str, Profile] = {
             flip=False,
         ),
         # CIFAR-10 without a GPU: a quarter of the width, a sixteenth of the work.
-        Profile(name="laptop", width=0.25, l1_lambdas=(0.0, 1e-3, 1e-2)),
+        Profile(name="laptop", width=0.25, l1_lambdas=(0.0, 1e-3, 1e-2), finetune_lr=0.1),
         # Liu et al. 2017, section 4.
         Profile(
             name="paper",
@@ -165,6 +172,7 @@ PROFILES: dict[str, Profile] = {
             batch_size=64,
             nesterov=True,
             pruning_ratios=(0.7,),
+            multipass_ratios=(),
             finetune_epochs=160,
             finetune_lr=0.1,
             finetune_schedule="step",
