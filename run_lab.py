@@ -50,12 +50,11 @@ def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # λ and γ, on Windows too
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="quick", choices=PROFILES)
-    profile = get_profile(parser.parse_args().profile)
-    data = os.environ.get("LAB_DATA")
-    os.environ["LAB_PROFILE"] = profile.name
-    os.environ["LAB_COMMAND"] = f"make lab PROFILE={profile.name}" + (
-        f' LAB_DATA="{data}"' if data else ""
-    )
+    chosen = parser.parse_args().profile
+    profile = get_profile(chosen)
+    variables = [f'{v}="{os.environ[v]}"' for v in ("LAB_EPOCHS", "LAB_DATA") if os.environ.get(v)]
+    os.environ["LAB_PROFILE"] = chosen
+    os.environ["LAB_COMMAND"] = " ".join(["make lab", f"PROFILE={chosen}", *variables])
     folder = ROOT / "figures" / profile.name
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

@@ -199,8 +199,10 @@ def get_profile(profile: str | None = None, /, **overrides) -> Profile:
     """The named profile, else the one that LAB_PROFILE names, else "cifar10".
 
     `overrides` replace single values (`name` among them: a run of its own, with its own folders);
-    None leaves the profile's own. LAB_DATA, a folder of images, takes the place of the profile's
-    data. Raises ValueError for an unknown profile or field.
+    None leaves the profile's own. Two more environment variables count: LAB_DATA, a folder of
+    images, takes the place of the profile's data; LAB_EPOCHS, a number, makes a shorter run of its
+    own: that many epochs of training and of fine-tuning, under a name that says so. Raises
+    ValueError for an unknown profile or field.
     """
     profile = profile or os.environ.get("LAB_PROFILE") or "cifar10"
     if profile not in PROFILES:
@@ -214,4 +216,9 @@ def get_profile(profile: str | None = None, /, **overrides) -> Profile:
     chosen = {k: v for k, v in overrides.items() if v is not None}
     if os.environ.get("LAB_DATA"):
         chosen.setdefault("data", os.environ["LAB_DATA"])
+    if os.environ.get("LAB_EPOCHS"):
+        epochs = os.environ["LAB_EPOCHS"]
+        _require(epochs.isdecimal(), "LAB_EPOCHS", epochs, _COUNT[1])
+        short = {"epochs": int(epochs), "finetune_epochs": int(epochs)}
+        chosen = {"name": f"{profile}_{epochs}_epochs"} | short | chosen
     return dataclasses.replace(PROFILES[profile], **chosen)

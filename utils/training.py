@@ -227,7 +227,7 @@ def forecast(model: VGG, data: ImageData, profile: Profile, engine: Engine, runs
         return f"{times} will take about {max(1, round(seconds / 60))} min here"
     return (
         f"{times} will take about {seconds / 3600:.0f} hours here. Shorter: LAB_PROFILE=laptop (a "
-        "sixteenth of the work), LAB_PROFILE=quick (minutes), fewer epochs, or a machine with a GPU"
+        "sixteenth of the work), LAB_PROFILE=quick (minutes), LAB_EPOCHS=5, or a machine with a GPU"
     )
 
 
