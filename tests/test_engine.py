@@ -47,21 +47,26 @@ def test_a_precision_that_is_asked_for_is_taken_untimed(monkeypatch, precision):
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        ({"first": 3, "last": 2, "bf16": 1}, Engine("cpu", "bfloat16")),
-        ({"first": 1, "last": 2, "bf16": 9}, Engine("cpu", "float32", channels_last=False)),
-        ({"first": 2, "last": 1, "bf16": 9}, Engine("cpu", "float32")),
-        ({"first": 2, "last": 1, "bf16": 0.95}, Engine("cpu", "float32")),  # not worth it
+        ({"float32": 2, "bfloat16": 1}, Engine("cpu", "bfloat16")),
+        ({"float32": 1, "bfloat16": 9}, Engine("cpu", "float32")),
+        ({"float32": 1, "bfloat16": 0.95}, Engine("cpu", "float32")),  # not worth it
     ],
 )
 def test_the_fastest_is_chosen_and_exactness_kept_for_small_gains(monkeypatch, seconds, expected):
     def time(model, data, profile, how, size):
-        if how.precision == "bfloat16":
-            return seconds["bf16"]
-        return seconds["last" if how.channels_last else "first"]
+        return seconds[how.precision]
 
     monkeypatch.setattr(engine, "_time_steps", time)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     found = choose_engine(tiny_model(), tiny_data(), tiny_profile(precision="auto"))
     assert found == expected
+
+
+def test_a_cpu_that_would_emulate_bfloat16_is_not_timed(monkeypatch):
+    monkeypatch.setattr(engine, "_time_steps", None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    found = choose_engine(tiny_model(), tiny_data(), tiny_profile(precision="auto"))
+    assert found == FLOAT32
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,8 @@ def test_on_cuda_the_generation_decides(monkeypatch, capability, precision):
     assert choose_engine(model, None, asked_for) == Engine("cuda", "float32")
 
 
-def test_the_timed_probe_leaves_the_model_as_it_was():
+def test_the_timed_probe_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     model = tiny_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     choose_engine(model, tiny_data(), tiny_profile(precision="auto"))
@@ -94,11 +100,9 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps(monkeypatch):
 # --- the step ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_the_memory_layout_changes_nothing_but_rounding(channels_last):
-    step, plain = step_with(Engine("cpu", "float32", channels_last)), tiny_model()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    assert step.model.feature[3].weight.is_contiguous(memory_format=layout)
+def test_the_memory_layout_changes_nothing_but_rounding():
+    step, plain = step_with(FLOAT32), tiny_model()
+    assert step.model.feature[3].weight.is_contiguous(memory_format=torch.channels_last)
     images, labels = batch()
     F.cross_entropy(plain(images), labels).backward()
     with torch.no_grad():

@@ -26,22 +26,17 @@ PROBE_GAIN = 1.1
 
 @dataclass(frozen=True)
 class Engine:
-    """The way of computing chosen for a device."""
+    """The way of computing chosen for a device. The memory layout is channels_last everywhere."""
 
     device: str
     precision: str
-    channels_last: bool = True
 
     def __str__(self) -> str:
-        layout = "channels_last" if self.channels_last else "channels_first"
+        how = f"{self.precision} channels_last"
         if self.device == "cpu":
-            return f"{self.precision} {layout} on {torch.get_num_threads()} CPU threads"
+            return f"{how} on {torch.get_num_threads()} CPU threads"
         graph = "" if self.precision == "float16" else ", one CUDA graph a step"
-        return f"{self.precision} {layout} on {torch.cuda.get_device_name()}{graph}"
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        return f"{how} on {torch.cuda.get_device_name()}{graph}"
 
     def autocast(self) -> torch.autocast:
         # No cache of cast weights: it would outlive the capture of a CUDA graph, and within one
@@ -57,8 +52,8 @@ class Engine:
 def choose_engine(model: nn.Module, data: ImageData, profile: Profile) -> Engine:
     """The fastest way to train `model` on its device, unless `profile.precision` says which.
 
-    On CUDA the hardware's generation decides; on a CPU a timed step of each candidate does, since
-    without AVX512-BF16 or AMX bfloat16 is many times slower than float32.
+    On CUDA the hardware's generation decides. A CPU with AVX2 alone would emulate bfloat16 and be
+    many times slower; on others a timed step of each decides.
     """
     device = next(model.parameters()).device
     precision = profile.precision
@@ -68,19 +63,13 @@ def choose_engine(model: nn.Module, data: ImageData, profile: Profile) -> Engine
             major, _ = torch.cuda.get_device_capability(device)
             precision = "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
         return Engine("cuda", precision)
+    if precision == "auto" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        precision = "float32"
     if precision != "auto":
         return Engine(device.type, precision)
-    seconds = {
-        engine: _time_steps(model, data, profile, engine, PROBE_BATCH)
-        for engine in (
-            Engine(device.type, "float32", channels_last=False),
-            Engine(device.type, "float32"),
-            Engine(device.type, "bfloat16"),
-        )
-    }
-    exact = min((e for e in seconds if e.precision == "float32"), key=seconds.get)
-    best = min(seconds, key=seconds.get)
-    return best if seconds[best] * PROBE_GAIN < seconds[exact] else exact
+    exact, lower = Engine(device.type, "float32"), Engine(device.type, "bfloat16")
+    seconds = {e: _time_steps(model, data, profile, e, PROBE_BATCH) for e in (exact, lower)}
+    return lower if seconds[lower] * PROBE_GAIN < seconds[exact] else exact
 
 
 def seconds_per_epoch(
@@ -138,7 +127,7 @@ class TrainStep:
         teacher: nn.Module | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        self.model = model.to(memory_format=engine.memory_format).train()
+        self.model = model.to(memory_format=torch.channels_last).train()
         self.teacher = teacher
         self.engine = engine
         self.l1_lambda = l1_lambda
@@ -213,7 +202,7 @@ class TrainStep:
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        images = images.contiguous(memory_format=self.engine.memory_format)
+        images = images.contiguous(memory_format=torch.channels_last)
         with self.engine.autocast():
             logits = self.model(images).float()
             loss = F.cross_entropy(logits, labels)
