@@ -100,12 +100,23 @@ def test_load_all_takes_one_kind_made_with_these_data(tmp_path):
         load_all(tmp_path, "trained", data="digits 12")
     for name in ("trained_b", "trained_a", "slim_a"):
         kind = name.split("_")[0]
-        content = dataclasses.replace(OLD, kind=kind, settings={"data": "digits 12", "name": name})
-        save(tmp_path / f"{name}.pt", content)
+        settings = {"data": "digits 12", "l1_lambda": name}
+        save(tmp_path / f"{name}.pt", dataclasses.replace(OLD, kind=kind, settings=settings))
     found = load_all(tmp_path, "trained", data="digits 12")
-    assert [c.settings["name"] for c in found] == ["trained_a", "trained_b"]
+    assert [c.settings["l1_lambda"] for c in found] == ["trained_a", "trained_b"]
     with pytest.raises(CheckpointError, match=r"trained_a\.pt.*'digits 12'.*'digits 34'"):
         load_all(tmp_path, "trained", data="digits 34")
+
+
+def test_networks_that_differ_in_more_than_lambda_are_not_compared(tmp_path):
+    for l1_lambda, lr in ((0.0, 0.1), (0.001, 0.2)):
+        settings = {"data": "digits 12", "l1_lambda": l1_lambda, "lr": lr}
+        content = dataclasses.replace(OLD, settings=settings)
+        save(tmp_path / f"trained_lambda_{l1_lambda:g}.pt", content)
+    with pytest.raises(
+        CheckpointError, match=r"0\.001\.pt.* lr = 0\.2, trained_lambda_0\.pt.*0\.1"
+    ):
+        load_all(tmp_path, "trained", data="digits 12")
 
 
 # --- writing: whole or not at all ----------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_the_report_is_three_markdown_tables_of_what_was_recorded(tmp_path, monk
     run = {"l1_lambda": 1e-4, "train_accuracy": [50.0, 99.5], "test_accuracy": [49.0, 91.234]}
     record(tmp_path, "sparsity_train", {"runs": [run | {"sparsity": [0.1, 0.6]}]})
     cut = {"pruning_ratio": 0.9, "before the cut": 91.234, "raw cut": 10.0}
-    cut |= {"β absorbed": 12.0, "β absorbed, BN recalibrated": 89.876}
+    cut |= {"β absorbed": 12.0, "BN recalibrated": 88.5, "β absorbed, BN recalibrated": 89.876}
     record(tmp_path, "vggprune", {"cuts": [cut]})
     network = {"network": "dense", "test accuracy (%)": 93.5, "parameters": 20_035_018}
     network |= {"MACs (M)": 398.14, "file (kB)": 80_215}
@@ -110,6 +110,8 @@ def test_the_report_is_three_markdown_tables_of_what_was_recorded(tmp_path, monk
         "10.00",
         "|",
         "12.00",
+        "|",
+        "88.50",
         "|",
         "89.88",
         "|",

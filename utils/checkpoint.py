@@ -21,6 +21,8 @@ WRITTEN_BY = {
     "original lab": "the notebooks of the original lab",
 }
 """The kinds of checkpoint, and the notebook that writes each."""
+VARIES = {"trained": ("l1_lambda",), "slim": ("pruning_ratio", "realised_ratio")}
+"""The settings in which the networks of one run may differ."""
 
 
 class CheckpointError(Exception):
@@ -120,7 +122,7 @@ def load_all(folder: str | Path, kind: str, *, data: str) -> list[Checkpoint]:
     """Every checkpoint of `kind` in `folder`, by file name; CheckpointError if there is none.
 
     `data` is the `fingerprint` of the images in use: networks made with others raise, too, and so
-    do those whose training was not finished.
+    do those whose training was not finished, or that differ in more than what this kind varies.
     """
     paths = sorted(Path(folder).glob(f"{kind}_*.pt"))
     if not paths:
@@ -137,6 +139,12 @@ def load_all(folder: str | Path, kind: str, *, data: str) -> list[Checkpoint]:
             raise CheckpointError(
                 f"{path}: {done} of {wanted} epochs are done; run {WRITTEN_BY[kind]} to the end"
             )
+        for name, value in checkpoint.settings.items():
+            if name not in VARIES[kind] and value != checkpoints[0].settings.get(name):
+                raise CheckpointError(
+                    f"{path} was made with {name} = {value!r}, {paths[0].name} with "
+                    f"{checkpoints[0].settings.get(name)!r}: not comparable. Delete the older one."
+                )
     return checkpoints
 
 

@@ -53,10 +53,11 @@ def recalibrate_bn(model: VGG, batches: Iterable[tuple[Tensor, Tensor]]) -> VGG:
 def slim_rungs(
     model: VGG, plan: PruningPlan, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, VGG]:
-    """The slim network at each rung of the ladder, from the raw cut to fully repaired."""
-    absorbed = slim(absorb_bias(model, plan), plan)
+    """The slim network at each rung of the ladder: the raw cut, each repair alone, and both."""
+    raw, absorbed = slim(model, plan), slim(absorb_bias(model, plan), plan)
     return {
-        "raw cut": slim(model, plan),
+        "raw cut": raw,
         "β absorbed": absorbed,
+        "BN recalibrated": recalibrate_bn(raw, batches),
         "β absorbed, BN recalibrated": recalibrate_bn(absorbed, batches),
     }

@@ -153,11 +153,12 @@ def ladder(
     for ax, (l1_lambda, steps) in zip(axes[0], curves.items(), strict=True):
         ax.axhline(uncut[l1_lambda], color="gray", linestyle=":", label="before the cut")
         for (name, accuracies), marker in zip(steps.items(), itertools.cycle("osD^"), strict=False):
-            ax.plot(percent, accuracies, marker=marker, markersize=4, label=name)
+            # Hollow: lines that coincide stay visible.
+            ax.plot(percent, accuracies, marker=marker, fillstyle="none", label=name)
         ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, no training after the cut (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"What a cut costs, and what can be had back without training: {data}")
     return figure
 

@@ -53,7 +53,9 @@ def report(folder: Path) -> str:
         }
         for run in results["sparsity_train"]["runs"]
     ]
-    rungs = ("before the cut", "raw cut", "β absorbed", "β absorbed, BN recalibrated")
+    rungs = (
+        "before the cut", "raw cut", "β absorbed", "BN recalibrated", "β absorbed, BN recalibrated"
+    )  # fmt: skip
     cuts = [
         {"pruned": f"{cut['pruning_ratio']:.0%}"} | {rung: f"{cut[rung]:.2f}" for rung in rungs}
         for cut in results["vggprune"]["cuts"]
