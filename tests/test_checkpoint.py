@@ -114,7 +114,7 @@ def test_networks_that_differ_in_more_than_lambda_are_not_compared(tmp_path):
         content = dataclasses.replace(OLD, settings=settings)
         save(tmp_path / f"trained_lambda_{l1_lambda:g}.pt", content)
     with pytest.raises(
-        CheckpointError, match=r"0\.001\.pt.* lr = 0\.2, trained_lambda_0\.pt.*0\.1"
+        CheckpointError, match=r"_0\.pt.* lr = 0\.1, trained_lambda_0\.001\.pt.*0\.2"
     ):
         load_all(tmp_path, "trained", data="digits 12")
 
