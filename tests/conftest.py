@@ -25,7 +25,7 @@ torch.set_num_threads(1)  # networks this small only wait for a second thread
 # --- options -------------------------------------------------------------------------------------
 
 hypothesis.settings.register_profile("default", max_examples=100, deadline=None)
-hypothesis.settings.register_profile("soak", max_examples=10_000, deadline=None)
+hypothesis.settings.register_profile("soak", max_examples=17_000, deadline=None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

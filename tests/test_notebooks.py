@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ import nbformat
 import pytest
 
 from run_lab import NOTEBOOKS
+from utils.results import read, report
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {
@@ -37,10 +39,9 @@ def is_one_clean_run(cells: list) -> bool:
     return counts == list(range(1, len(cells) + 1)) and not failed
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A copy of the lab, in a folder with a space and an ö, after a run of the smoke profile."""
-    copy = tmp_path_factory.mktemp("lab") / "my söder lab"
+def run_in_a_fresh_copy(folder: Path) -> tuple[Path, str]:
+    """Run the smoke profile in a copy of the lab: its place, and what it printed."""
+    copy = folder / "my söder lab"  # a space and an ö
     copy.mkdir()
     for name in (*NOTEBOOKS, "run_lab.py", "requirements.txt", "models", "utils"):
         source = ROOT / name
@@ -52,6 +53,19 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     return copy, finished.stdout
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return run_in_a_fresh_copy(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.mark.reliability
+def test_the_lab_runs_in_a_fresh_copy(lab, tmp_path_factory, times):
+    """the three notebooks, top to bottom in a fresh copy"""
+    for k in times(1, 20):
+        if k > 0:  # the first is the one that the tests below look at
+            run_in_a_fresh_copy(tmp_path_factory.mktemp("lab"))
 
 
 def test_the_lab_runs_top_to_bottom_and_leaves_clean_executed_copies(lab):
@@ -130,3 +144,33 @@ def test_a_notebook_started_elsewhere_says_where_to_start(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(FileNotFoundError, match="start Jupyter in it"):
         exec(code_cells(ROOT / NOTEBOOKS[0])[0].source, {})
+
+
+def test_the_tables_of_the_readme_are_those_of_the_recorded_run():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    quoted = re.findall(
+        r"<!-- python -m utils.results (\S+) -->\n\n(.*?)\n\n<!-- end -->", readme, re.S
+    )
+    assert quoted
+    for folder, tables in quoted:
+        assert tables == report(ROOT / folder)
+
+
+ACCURACIES = {
+    "sparsity_train": lambda found: [a for run in found["runs"] for a in run["test_accuracy"]],
+    "vggprune": lambda found: [cut["raw cut"] for cut in found["cuts"]],
+    "train_prune_model": lambda found: [h["test_accuracy"][-1] for h in found["finetuning"]],
+}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_committed_notebook_shows_the_run_that_is_recorded_beside_its_pictures(name):
+    outputs = [output for cell in code_cells(ROOT / name) for output in cell.outputs]
+    if not outputs:
+        pytest.skip("committed without outputs")
+    printed = "".join(output.get("text", "") for output in outputs)
+    folder = re.search(r"Saved: (figures/\S+)/\*\.png", printed).group(1)
+    recorded = read(ROOT / folder)[Path(name).stem]
+    assert str(recorded["machine"]) in printed
+    for accuracy in ACCURACIES[Path(name).stem](recorded):
+        assert f"{accuracy:.2f} %" in printed
