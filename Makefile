@@ -5,17 +5,16 @@
 # make soak       the reliability tests for hours
 # make clean      remove what runs have written (checkpoints included) and the environment
 
-PYTHON  ?= python3
-PROFILE ?= quick
-BIN     := .venv/bin
+PYTHON ?= python3
+BIN    := .venv/bin
 
 .PHONY: lab notebook test benchmark soak clean
 
 lab: .venv/lab
-	$(BIN)/python run_lab.py --profile $(PROFILE)
+	$(BIN)/python run_lab.py --profile $(or $(PROFILE),$(LAB_PROFILE),quick)
 
 notebook: .venv/lab
-	LAB_PROFILE=$(PROFILE) $(BIN)/jupyter lab
+	LAB_PROFILE=$(or $(PROFILE),$(LAB_PROFILE)) $(BIN)/jupyter lab
 
 test: .venv/dev
 	$(BIN)/ruff check .

@@ -64,6 +64,10 @@ def main() -> None:
             run(name, folder / name)
         except CellExecutionError as error:
             sys.exit(f"{name} stopped: {error.ename}: {error.evalue}\nSee {folder / name}")
+        # Where it was recorded: a run_name set in the parameters cell has a folder of its own.
+        latest = max(ROOT.glob("figures/*/results.json"), key=lambda path: path.stat().st_mtime)
+        (folder / name).replace(latest.parent / name)
+    folder = latest.parent
     print(f"\n══════════ done in {(time.monotonic() - began) / 60:.1f} min ══════════\n")
     print(report(folder))
     print(f"\nThe executed notebooks, the pictures and results.json: {folder.relative_to(ROOT)}/")

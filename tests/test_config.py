@@ -51,6 +51,7 @@ INVALID = [
 def _plain_environment(monkeypatch):
     monkeypatch.delenv("LAB_PROFILE", raising=False)
     monkeypatch.delenv("LAB_DATA", raising=False)
+    monkeypatch.delenv("LAB_EPOCHS", raising=False)
 
 
 @pytest.mark.parametrize(("name", "values"), [("cifar10", LAB), ("paper", PAPER)])
@@ -125,3 +126,17 @@ def test_for_finetuning_takes_epochs_lr_and_schedule_and_nothing_else():
     assert (after.epochs, after.lr, after.schedule) == (7, 0.02, "cosine")
     back = {"epochs": before.epochs, "lr": before.lr, "schedule": before.schedule}
     assert dataclasses.replace(after, **back) == before
+
+
+def test_lab_epochs_makes_a_shorter_run_of_its_own(monkeypatch):
+    monkeypatch.setenv("LAB_EPOCHS", "7")
+    profile = get_profile("quick")
+    assert profile == dataclasses.replace(
+        PROFILES["quick"], name="quick_7_epochs", epochs=7, finetune_epochs=7
+    )
+    assert get_profile("quick", epochs=3, name="mine").name == "mine"
+    assert get_profile("quick", epochs=3).epochs == 3
+    for wrong in ("0", "-1", "2.5", "many"):
+        monkeypatch.setenv("LAB_EPOCHS", wrong)
+        with pytest.raises(ValueError, match=rf"(?i)epochs = .*{wrong}.* at least 1"):
+            get_profile("quick")

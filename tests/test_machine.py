@@ -94,10 +94,16 @@ def test_the_report_is_three_markdown_tables_of_what_was_recorded(tmp_path, monk
     cut = {"pruning_ratio": 0.9, "before the cut": 91.234, "raw cut": 10.0}
     cut |= {"β absorbed": 12.0, "BN recalibrated": 88.5, "β absorbed, BN recalibrated": 89.876}
     record(tmp_path, "vggprune", {"cuts": [cut]})
-    network = {"network": "dense", "test accuracy (%)": 93.5, "parameters": 20_035_018}
+    network = {
+        "network": "slim",
+        "raw cut (%)": 10.0,
+        "test accuracy (%)": 93.5,
+        "parameters": 20_035_018,
+    }
     network |= {"MACs (M)": 398.14, "file (kB)": 80_215}
     network |= {"batch of 1 (ms)": 5.123, "batch of 256 (ms)": 900.0}
-    record(tmp_path, "train_prune_model", {"table": [network]})
+    dense = network | {"network": "dense", "raw cut (%)": None}
+    record(tmp_path, "train_prune_model", {"table": [network, dense]})
 
     training, cuts, networks = results.report(tmp_path).split("\n\n")
     assert "| 0.0001 |" in training and "| 91.23 |" in training.replace("  ", "")
@@ -116,7 +122,8 @@ def test_the_report_is_three_markdown_tables_of_what_was_recorded(tmp_path, monk
         "89.88",
         "|",
     ]
-    assert networks.splitlines()[2].split()[1:6] == ["dense", "|", "93.50", "|", "20,035,018"]
+    assert networks.splitlines()[2].split()[1:6] == ["slim", "|", "10.00", "|", "93.50"]
+    assert networks.splitlines()[3].split()[1:5] == ["dense", "|", "|", "93.50"]
     for table in (training, cuts, networks):
         assert len({len(line) for line in table.splitlines()}) == 1  # columns stand in line
 

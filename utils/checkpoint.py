@@ -140,7 +140,7 @@ def load_all(folder: str | Path, kind: str, *, data: str) -> list[Checkpoint]:
                 f"{path}: {done} of {wanted} epochs are done; run {WRITTEN_BY[kind]} to the end"
             )
         for name, value in checkpoint.settings.items():
-            if name not in VARIES[kind] and value != checkpoints[0].settings.get(name):
+            if name not in VARIES.get(kind, ()) and value != checkpoints[0].settings.get(name):
                 raise CheckpointError(
                     f"{path} was made with {name} = {value!r}, {paths[0].name} with "
                     f"{checkpoints[0].settings.get(name)!r}: not comparable. Delete the older one."

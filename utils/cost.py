@@ -55,8 +55,35 @@ def latency(
     input_shape: tuple[int, int, int] = (3, 32, 32),
     num_threads: int | None = None,
     min_run_time: float = 0.3,
+) -> float:
+    """Seconds for one batch on the model's device, BN folded, float32: the median."""
+    options = {"input_shape": input_shape, "num_threads": num_threads}
+    return _measure(model, batch_size, min_run_time=min_run_time, **options).median
+
+
+def compare_latency(
+    models: Mapping[str, VGG], batch_size: int, *, rounds: int = 3, **options
+) -> dict[str, Measurement]:
+    """`latency` of several networks, taken in turns so that a busy moment hits them all.
+
+    For each a Measurement, with `.median` and `.iqr`.
+    """
+    taken: dict[str, list[Measurement]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            taken[name].append(_measure(model, batch_size, **options))
+    # Timer calls them the same task only if the label is the same; the lists are ours to merge.
+    return {name: next(iter(Measurement.merge(m))) for name, m in taken.items()}
+
+
+def _measure(
+    model: VGG,
+    batch_size: int,
+    *,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+    num_threads: int | None = None,
+    min_run_time: float = 0.3,
 ) -> Measurement:
-    """Seconds for one batch on the model's device, BN folded, float32: `.median` and `.iqr`."""
     device = next(model.parameters()).device
     images = torch.randn(batch_size, *input_shape, device=device)
     timer = Timer(
@@ -69,15 +96,3 @@ def latency(
     )
     with torch.inference_mode():
         return timer.blocked_autorange(min_run_time=min_run_time)
-
-
-def compare_latency(
-    models: Mapping[str, VGG], batch_size: int, *, rounds: int = 3, **options
-) -> dict[str, Measurement]:
-    """`latency` of several networks, taken in turns so that a busy moment hits them all."""
-    taken: dict[str, list[Measurement]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            taken[name].append(latency(model, batch_size, **options))
-    # Timer calls them the same task only if the label is the same; the lists are ours to merge.
-    return {name: next(iter(Measurement.merge(m))) for name, m in taken.items()}

@@ -57,19 +57,24 @@ def choose_engine(model: nn.Module, data: ImageData, profile: Profile) -> Engine
     """
     device = next(model.parameters()).device
     precision = profile.precision
-    if device.type == "cuda":
-        if precision == "auto":
-            # A T4 (7.5) claims bfloat16 but emulates it; its tensor cores take float16.
-            major, _ = torch.cuda.get_device_capability(device)
-            precision = "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
-        return Engine("cuda", precision)
-    if precision == "auto" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+    if precision == "auto" and device.type == "cuda":
+        precision = "bfloat16"
+        if emulates_bfloat16(device):  # a T4 (7.5), say, whose tensor cores take float16
+            precision = "float16" if torch.cuda.get_device_capability(device)[0] == 7 else "float32"
+    elif precision == "auto" and emulates_bfloat16(device):
         precision = "float32"
     if precision != "auto":
         return Engine(device.type, precision)
     exact, lower = Engine(device.type, "float32"), Engine(device.type, "bfloat16")
     seconds = {e: _time_steps(model, data, profile, e, PROBE_BATCH) for e in (exact, lower)}
     return lower if seconds[lower] * PROBE_GAIN < seconds[exact] else exact
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """True where bfloat16 is known to be far slower than float32. (A T4 claims to support it.)"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] < 8
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def seconds_per_epoch(

@@ -167,6 +167,7 @@ def slim(model: VGG, plan: PruningPlan) -> VGG:
                 # Index tensors keep both axes even where one channel is left.
                 out_idx = next(out_masks).nonzero().flatten().to(reference.device)
                 new.weight.copy_(old.weight[out_idx][:, in_idx])
+                new.padding_mode = old.padding_mode
                 in_idx = out_idx
             elif isinstance(old, nn.BatchNorm2d):
                 for name in ("weight", "bias", "running_mean", "running_var"):

@@ -63,6 +63,7 @@ def report(folder: Path) -> str:
     networks = [
         {
             "network": row["network"],
+            "raw cut (%)": f"{row['raw cut (%)']:.2f}" if row.get("raw cut (%)") else "",
             "test accuracy (%)": f"{row['test accuracy (%)']:.2f}",
             "parameters": f"{row['parameters']:,}",
             "MACs (M)": f"{row['MACs (M)']:.2f}",

@@ -20,7 +20,13 @@ from models.vgg import VGG
 from utils.checkpoint import Checkpoint, CheckpointError, load, save
 from utils.config import Profile
 from utils.data import ImageData, digest
-from utils.engine import Engine, TrainStep, choose_engine, seconds_per_epoch
+from utils.engine import (
+    Engine,
+    TrainStep,
+    choose_engine,
+    emulates_bfloat16,
+    seconds_per_epoch,
+)
 from utils.machine import describe_machine
 from utils.sparsity import sparsity
 
@@ -226,8 +232,8 @@ def forecast(model: VGG, data: ImageData, profile: Profile, engine: Engine, runs
     if seconds < 2 * 3600:
         return f"{times} will take about {max(1, round(seconds / 60))} min here"
     return (
-        f"{times} will take about {seconds / 3600:.0f} hours here. Shorter: LAB_PROFILE=laptop (a "
-        "sixteenth of the work), LAB_PROFILE=quick (minutes), LAB_EPOCHS=5, or a machine with a GPU"
+        f"{times} will take about {seconds / 3600:.0f} hours here. Shorter: the profiles laptop (a "
+        "sixteenth of the work of cifar10) and quick (minutes), fewer epochs, or a GPU"
     )
 
 
@@ -245,12 +251,17 @@ def run_settings(
         "l1_lambda": l1_lambda,
         "cfg": list(model.cfg),
         "data": data.fingerprint,
-        "starting weights": digest(list(model.state_dict().values())),
+        "starting weights": weights_digest(model),
     }
     if teacher is not None:
         settings["distillation"] = profile.distillation
-        settings["teacher weights"] = digest(list(teacher.state_dict().values()))
+        settings["teacher weights"] = weights_digest(teacher)
     return settings
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short fingerprint of a network's weights and BN statistics: equal only for equal bits."""
+    return digest(list(model.state_dict().values()))
 
 
 def _require_same(wanted: dict, found: dict, path: str | Path) -> None:
@@ -274,12 +285,7 @@ def _engine_of(saved: Checkpoint, device: torch.device) -> Engine | None:
         return None
     if engine.device != device.type:
         return None
-    emulated = (
-        device.type == "cuda"
-        and engine.precision == "bfloat16"
-        and torch.cuda.get_device_capability(device)[0] < 8
-    )
-    return None if emulated else engine
+    return None if engine.precision == "bfloat16" and emulates_bfloat16(device) else engine
 
 
 @contextmanager
