@@ -202,7 +202,7 @@ def test_the_seed_decides_the_weights():
         (1, 1, "5 epochs will take about 1 min"),
         (60, 1, "5 epochs will take about 5 min"),
         (60, 3, "3 × 5 epochs will take about 15 min"),
-        (3600, 2, "2 × 5 epochs will take about 10 hours.*LAB_PROFILE=quick"),
+        (3600, 2, "2 × 5 epochs will take about 10 hours.*quick"),
     ],
 )
 def test_the_forecast_is_the_time_of_all_epochs(monkeypatch, seconds, runs, said):
