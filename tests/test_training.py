@@ -257,7 +257,8 @@ def test_a_finished_run_just_loads(tmp_path, monkeypatch, capsys):
     assert "3 of 3 epochs were done before" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_with_the_engine_it_began_with(tmp_path, capsys):
+def test_a_run_goes_on_with_the_engine_it_began_with(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     path, bfloat16 = tmp_path / "x.pt", Engine("cpu", "bfloat16")
     with every_save_kept() as after_epoch:
         train(path, engine=bfloat16)
@@ -268,6 +269,11 @@ def test_a_run_goes_on_with_the_engine_it_began_with(tmp_path, capsys):
     whole = tmp_path / "whole.pt"
     whole.write_bytes(after_epoch[-1])
     assert same(load(path), load(whole))
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    path.write_bytes(after_epoch[0])
+    train(path)  # on a CPU that would emulate it
+    assert "float32 channels_last" in capsys.readouterr().out
 
 
 def _changed(**changes):
