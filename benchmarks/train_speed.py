@@ -30,16 +30,17 @@ from utils.engine import Engine, TrainStep, choose_engine
 from utils.machine import describe_machine, pick_device
 from utils.pruning import plan_pruning, slim
 from utils.sparsity import bn_layers
+from utils.training import fit
 
 L1_LAMBDA = 1e-4
 
 
-def random_data(count: int) -> ImageData:
+def random_data(count: int, tests: int = 100) -> ImageData:
     """Noise of CIFAR-10's format: speed does not depend on what is in the pictures."""
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(count) % 10
     classes = tuple("0123456789")
-    return ImageData("noise", classes, images, labels, images[:100], labels[:100])
+    return ImageData("noise", classes, images, labels, images[:tests], labels[:tests])
 
 
 class OneByOne(Dataset):
@@ -161,10 +162,23 @@ def slim_networks(profile: Profile, device: torch.device) -> dict[str, VGG]:
     for bn in bn_layers(dense):
         # Later, wider layers lose more, as in a trained network.
         bn.weight.data = torch.rand_like(bn.weight) * (64 * profile.width / len(bn.weight))
-    plans = {f"{r:.0%} pruned": plan_pruning(dense, r, min_channels=4) for r in (0.5, 0.9)}
+    floor = profile.min_channels
+    plans = {f"{r:.0%} pruned": plan_pruning(dense, r, min_channels=floor) for r in (0.5, 0.9)}
     return {"dense": dense.to(device)} | {
         name: slim(dense, plan).to(device) for name, plan in plans.items()
     }
+
+
+def whole_lab(profile: Profile, data: ImageData) -> float:
+    """Seconds for every training of the lab, tests after each epoch included: λ's, fine-tunings."""
+    device = data.train_images.device
+    _, *slims = slim_networks(profile, device).values()
+    begun = time.perf_counter()
+    for l1_lambda in profile.l1_lambdas:
+        fit(VGG(profile.cfg).to(device), data, profile, l1_lambda=l1_lambda)
+    for network in slims:
+        fit(network, data, profile.for_finetuning())
+    return time.perf_counter() - begun
 
 
 def count_syncs(step: Iterator[None], steps: int = 20) -> float:
@@ -204,6 +218,10 @@ def main() -> None:
     options = parser.parse_args()
 
     device, profile = pick_device(), get_profile(options.profile)
+    figures = {}
+    if device.type == "cuda":  # first, so that it is cold
+        seconds = whole_lab(profile, random_data(50_000, tests=10_000).to(device))
+        figures["seconds for the whole lab, cold"] = seconds
     data = random_data(100 * profile.batch_size)  # one epoch outlasts all steps timed
     on_device = data.to(device)
     torch.manual_seed(1)
@@ -260,7 +278,7 @@ def main() -> None:
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
     step = statistics.median(training["ours"])
     achieved = 3 * 2 * work["dense"] * profile.batch_size / step  # forward, and twice it backward
-    figures = {
+    figures |= {
         "seconds per epoch of 50,000": step * 50_000 / profile.batch_size,
         f"share of the {engine.precision} matrix-product rate": achieved / rate,
     }

@@ -1,0 +1,52 @@
+"""Does mixed precision cost accuracy? The same trainings in float32 and in a lower precision.
+
+    .venv/bin/python -m benchmarks.parity                                  # quick, minutes
+    LAB_EPOCHS=3 .venv/bin/python -m benchmarks.parity --profile laptop    # a short CIFAR-10 run
+
+The two agree if their means differ by less than the seeds do.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from models.vgg import VGG
+from utils.config import get_profile
+from utils.data import load_data
+from utils.machine import describe_machine, pick_device
+from utils.training import fit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--precision", default="bfloat16", help="to hold against float32")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/parity.json"))
+    options = parser.parse_args()
+
+    device, profile = pick_device(), get_profile(options.profile)
+    data = load_data(profile.data).to(device)
+    rows = []
+    for seed in range(1, options.seeds + 1):
+        for precision in ("float32", options.precision):
+            chosen = dataclasses.replace(profile, seed=seed, precision=precision)
+            torch.manual_seed(seed)
+            model = VGG(profile.cfg, num_classes=len(data.classes)).to(device)
+            history = fit(model, data, chosen, l1_lambda=profile.l1_lambdas[1])
+            accuracy, sparsity = history.test_accuracy[-1], history.sparsity[-1]
+            rows.append({"precision": precision, "seed": seed, "test accuracy (%)": accuracy})
+            rows[-1]["sparsity"] = sparsity
+    table = pd.DataFrame(rows).drop(columns="seed").groupby("precision").agg(["mean", "std"])
+    print(f"{profile.name}, λ = {profile.l1_lambdas[1]:g}, {options.seeds} seeds, {data.name}")
+    print(table.round(3).to_string())
+    report = {"machine": describe_machine(device), "profile": profile.name, "data": data.name}
+    options.out.write_text(json.dumps(report | {"runs": rows}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
