@@ -79,7 +79,9 @@ def test_absorbing_beta_is_exact_where_padding_does_not_break_a_constant_map(cfg
     prunable = total - sum(v != "M" for v in cfg)
     model, plan = with_plan(cfg, share * prunable / total, "replicate")
     x = images()
-    torch.testing.assert_close(absorb_bias(model, plan)(x), model(x), rtol=1e-9, atol=1e-9)
+    absorbed = absorb_bias(model, plan)
+    for network in (absorbed, slim(absorbed, plan)):
+        torch.testing.assert_close(network(x), model(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("cfg", [[4, 5], [4, "M", 5], [4, "M", 5, "M"], [6]])
