@@ -94,9 +94,9 @@ def test_collapsed_means_that_no_gamma_reaches_eps(largest, collapsed):
     assert is_collapsed(torch.tensor([0.0, largest, 0.1]), eps=0.25) is collapsed
 
 
-@pytest.mark.parametrize(("alive", "collapsed"), [(1, True), (9, True), (10, False)])
+@pytest.mark.parametrize(("alive", "collapsed"), [(1, True), (29, True), (30, False)])
 def test_a_few_channels_that_stay_on_do_not_hide_a_collapse(alive, collapsed):
-    """At λ = 1e-2 one channel of 1,376 stayed on, while the accuracy was that of guessing."""
+    """At λ = 1e-2 30 of 1,376 channels stayed on, at 24 % accuracy."""
     gammas = torch.full((1000,), 1e-5)
     gammas[:alive] = 0.5
     assert is_collapsed(gammas) is collapsed

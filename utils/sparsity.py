@@ -48,11 +48,12 @@ def mass_below(gammas: Tensor, pruning_ratio: float) -> float:
 
 
 def is_collapsed(gammas: Tensor, eps: float = EPS) -> bool:
-    """True when λ was so strong that less than 1 % of the channels have |γ| ≥ eps.
+    """True when λ was so strong that less than 3 % of the channels have |γ| ≥ eps.
 
-    Not "none": a few may stay on in a network that has stopped working.
+    Not "none": one or two a layer may stay on in a network that hardly works any more (seen at
+    λ = 1e-2: 30 of 1,376 channels, 24 % accuracy).
     """
-    return (gammas.abs() >= eps).double().mean().item() < 0.01
+    return (gammas.abs() >= eps).double().mean().item() < 0.03
 
 
 def verdict(gammas: Tensor, pruning_ratio: float, safe_mass: float = 0.01) -> str:
