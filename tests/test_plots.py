@@ -144,6 +144,17 @@ def test_gamma_distributions_share_an_axis_above_and_zoom_below():
     assert [sum(bar.get_height() for bar in ax.patches) for ax in below] == [3, 4]
 
 
+def test_a_few_huge_gammas_do_not_squeeze_the_shared_axis():
+    wide, outlier = np.linspace(0.1, 1.5, 100), np.append(np.zeros(99), 58.0)
+    first, second = plots.gamma_distributions({0.0: wide, 0.01: outlier}, "CIFAR-Z").axes[:2]
+    assert first.get_xlim() == second.get_xlim() and first.get_xlim()[1] < 2
+    assert titles(second.figure)[:2] == [
+        "λ = 0",
+        "λ = 0.01 (outermost bars: 1 beyond)",
+    ]
+    assert sum(bar.get_height() for bar in second.patches) == 100
+
+
 def test_gamma_distributions_of_untrained_and_of_dead_networks_can_be_drawn():
     """All γ equal, 0.5 at the start and 0 at the end: histograms without a width of their own."""
     for value in (0.5, 0.0):

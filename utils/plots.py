@@ -71,13 +71,16 @@ def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: 
 def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure:
     """γ for each λ: on one shared axis above, each on its own scale below."""
     figure, axes = _panels(len(gammas), rows=2, width=4.4, height=3.0)
-    low = min(float(g.min()) for g in gammas.values())
-    high = max(float(g.max()) for g in gammas.values())
-    shared = np.linspace(low, high, 61)
+    # A few huge γ, as a collapsed network can have, must not squeeze all others into one bar.
+    bulk = max(min(np.abs(g).max(), 4 * np.quantile(np.abs(g), 0.975)) for g in gammas.values())
+    low = max(min(g.min() for g in gammas.values()), -bulk)
+    shared = np.linspace(low, min(max(g.max() for g in gammas.values()), bulk), 61)
     for column, (l1_lambda, gamma) in enumerate(gammas.items()):
         top, bottom = axes[0][column], axes[1][column]
-        top.hist(gamma, bins=shared, color=TRAIN)
-        top.set(title=f"λ = {l1_lambda:g}", yscale="log", ylim=(0.7, 2 * len(gamma)))
+        top.hist(gamma.clip(shared[0], shared[-1]), bins=shared, color=TRAIN)
+        outside = np.sum((gamma < shared[0]) | (gamma > shared[-1]))
+        note = f" (outermost bars: {outside} beyond)" if outside else ""
+        top.set(title=f"λ = {l1_lambda:g}{note}", yscale="log", ylim=(0.7, 2 * len(gamma)))
         # Below, the scale that holds the smaller half of this network's own γ and their vicinity.
         reach = min(4 * float(np.median(np.abs(gamma))), float(np.abs(gamma).max())) or 1e-12
         zoomed = gamma[np.abs(gamma) <= reach]
