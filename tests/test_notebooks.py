@@ -151,6 +151,7 @@ def test_the_tables_of_the_readme_are_those_of_the_recorded_run():
     quoted = re.findall(
         r"<!-- python -m utils.results (\S+) -->\n\n(.*?)\n\n<!-- end -->", readme, re.S
     )
+    assert quoted
     for folder, tables in quoted:
         assert tables == report(ROOT / folder)
 
