@@ -56,15 +56,14 @@ def choose_engine(model: nn.Module, data: ImageData, profile: Profile) -> Engine
     many times slower; on others a timed step of each decides.
     """
     device = next(model.parameters()).device
-    precision = profile.precision
-    if precision == "auto" and device.type == "cuda":
-        precision = "bfloat16"
-        if emulates_bfloat16(device):  # a T4 (7.5), say, whose tensor cores take float16
-            precision = "float16" if torch.cuda.get_device_capability(device)[0] == 7 else "float32"
-    elif precision == "auto" and emulates_bfloat16(device):
-        precision = "float32"
-    if precision != "auto":
-        return Engine(device.type, precision)
+    if profile.precision != "auto":
+        return Engine(device.type, profile.precision)
+    if emulates_bfloat16(device):
+        # The tensor cores of a T4 (7.5) take float16.
+        float16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 7
+        return Engine(device.type, "float16" if float16 else "float32")
+    if device.type == "cuda":
+        return Engine("cuda", "bfloat16")
     exact, lower = Engine(device.type, "float32"), Engine(device.type, "bfloat16")
     seconds = {e: _time_steps(model, data, profile, e, PROBE_BATCH) for e in (exact, lower)}
     return lower if seconds[lower] * PROBE_GAIN < seconds[exact] else exact

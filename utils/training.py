@@ -20,13 +20,7 @@ from models.vgg import VGG
 from utils.checkpoint import Checkpoint, CheckpointError, load, save
 from utils.config import Profile
 from utils.data import ImageData, digest
-from utils.engine import (
-    Engine,
-    TrainStep,
-    choose_engine,
-    emulates_bfloat16,
-    seconds_per_epoch,
-)
+from utils.engine import Engine, TrainStep, choose_engine, emulates_bfloat16, seconds_per_epoch
 from utils.machine import describe_machine
 from utils.sparsity import sparsity
 
