@@ -87,7 +87,8 @@ class Runs:
             child = start(train_and_tell, self.path, self.told)
             child.join(self.draw.uniform(0, self.seconds))
             if child.exitcode is None:
-                os.kill(child.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it may end just now
+                    os.kill(child.pid, number)
             child.join(60)
             assert child.exitcode is not None, "the run hangs"
             if self.path.exists():
