@@ -1,4 +1,5 @@
 # make lab        the three notebooks, top to bottom   (PROFILE=quick|laptop|cifar10|paper)
+# make cifar10    the same as make lab PROFILE=cifar10: the original lab's settings, for a GPU
 # make notebook   open them in JupyterLab
 # make test       lint and tests
 # make benchmark  how fast training is, against the plain loop
@@ -8,10 +9,13 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: lab notebook test benchmark soak clean
+.PHONY: lab cifar10 notebook test benchmark soak clean
 
 lab: .venv/lab
 	$(BIN)/python run_lab.py --profile $(or $(PROFILE),$(LAB_PROFILE),quick)
+
+cifar10:
+	$(MAKE) lab PROFILE=cifar10
 
 notebook: .venv/lab
 	LAB_PROFILE=$(or $(PROFILE),$(LAB_PROFILE)) $(BIN)/jupyter lab

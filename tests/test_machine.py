@@ -88,7 +88,9 @@ def test_a_failed_write_leaves_the_results_before(tmp_path, monkeypatch):
     assert (tmp_path / results.FILE).read_bytes() == before
 
 
-def test_the_report_is_three_markdown_tables_of_what_was_recorded(tmp_path, monkeypatch, capsys):
+def test_the_report_is_markdown_tables_of_what_was_recorded(tmp_path, monkeypatch, capsys):
+    record(tmp_path, "sparsity_train", {"runs": []})
+    assert results.report(tmp_path) == ""  # the other notebooks have not run yet
     run = {"l1_lambda": 1e-4, "train_accuracy": [50.0, 99.5], "test_accuracy": [49.0, 91.234]}
     record(tmp_path, "sparsity_train", {"runs": [run | {"sparsity": [0.1, 0.6]}]})
     cut = {"pruning_ratio": 0.9, "before the cut": 91.234, "raw cut": 10.0}
@@ -103,9 +105,12 @@ def test_the_report_is_three_markdown_tables_of_what_was_recorded(tmp_path, monk
     network |= {"MACs (M)": 398.14, "file (kB)": 80_215}
     network |= {"batch of 1 (ms)": 5.123, "batch of 256 (ms)": 900.0}
     dense = network | {"network": "dense", "raw cut (%)": None}
-    record(tmp_path, "train_prune_model", {"table": [network, dense]})
+    way = {"network": "90% distilled", "schedule": "cosine, lr 0.1", "distillation": 0.5}
+    way |= {"right after the cut (%)": 9.6, "fine-tuned (%)": 70.0}
+    values = {"table": [network, dense], "ingredients": [way]}
+    record(tmp_path, "train_prune_model", values)
 
-    training, cuts, networks = results.report(tmp_path).split("\n\n")
+    training, cuts, networks, ways = results.report(tmp_path).split("\n\n")
     assert "| 0.0001 |" in training and "| 91.23 |" in training.replace("  ", "")
     assert cuts.splitlines()[2].split() == [
         "|",
@@ -124,10 +129,12 @@ def test_the_report_is_three_markdown_tables_of_what_was_recorded(tmp_path, monk
     ]
     assert networks.splitlines()[2].split()[1:6] == ["slim", "|", "10.00", "|", "93.50"]
     assert networks.splitlines()[3].split()[1:5] == ["dense", "|", "|", "93.50"]
-    for table in (training, cuts, networks):
+    assert ways.splitlines()[2].split("|")[1].strip() == "90% distilled"
+    assert ways.splitlines()[2].split()[-4:] == ["9.60", "|", "70.00", "|"]
+    for table in (training, cuts, networks, ways):
         assert len({len(line) for line in table.splitlines()}) == 1  # columns stand in line
 
     monkeypatch.setattr(sys, "argv", ["results", str(tmp_path)])
     monkeypatch.delitem(sys.modules, "utils.results")
     runpy.run_module("utils.results", run_name="__main__")
-    assert capsys.readouterr().out.strip().endswith(networks)
+    assert capsys.readouterr().out.strip().endswith(ways)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.vgg import VGG
-from utils.pruning import mask, plan_pruning, slim
+from utils.pruning import largest_ratio, mask, plan_pruning, slim
 from utils.sparsity import bn_layers
 
 seeds = st.integers(0, 2**32 - 1)
@@ -90,16 +90,18 @@ def relative_error(found, expected):
 # --- plan_pruning ---------------------------------------------------------------------------
 
 
+def oracle_floor(width, min_channels):
+    share = isinstance(min_channels, float)
+    return max(1, math.ceil(min_channels * width) if share else min(min_channels, width))
+
+
 def oracle(gammas, pruning_ratio, min_channels):
     """The rule in plain Python: smallest first, skip a layer at its floor. None: impossible."""
     channels = [(abs(g), layer, i) for layer, gs in enumerate(gammas) for i, g in enumerate(gs)]
     keep = [[True] * len(gs) for gs in gammas]
     to_go = round(len(channels) * pruning_ratio)
     for _, layer, i in sorted(channels):
-        width = len(gammas[layer])
-        share = isinstance(min_channels, float)
-        floor = max(1, math.ceil(min_channels * width) if share else min(min_channels, width))
-        if to_go and sum(keep[layer]) > floor:
+        if to_go and sum(keep[layer]) > oracle_floor(len(gammas[layer]), min_channels):
             keep[layer][i] = False
             to_go -= 1
     return None if to_go else keep
@@ -131,6 +133,21 @@ def test_plan_is_that_of_the_rule_in_plain_python(gammas, pruning_ratio, floor):
     assert masks(plan) == expected
     assert plan.cfg == [sum(keep) for keep in expected]
     assert plan.total - plan.kept == round(plan.total * pruning_ratio)
+
+
+@given(cfg=cfgs, floor=floors)
+def test_the_largest_ratio_leaves_each_layer_its_floor_and_one_channel_more_is_refused(cfg, floor):
+    model = random_network(cfg)
+    largest = largest_ratio(model, floor)
+    if largest < 1:
+        plan = plan_pruning(model, largest, min_channels=floor)
+        one_more = largest + 1 / plan.total
+        assert [m.sum() for m in plan.cfg_mask] == [
+            oracle_floor(m.numel(), floor) for m in plan.cfg_mask
+        ]
+        if one_more < 1:
+            with pytest.raises(ValueError, match="min_channels"):
+                plan_pruning(model, one_more, min_channels=floor)
 
 
 @pytest.mark.reliability

@@ -185,8 +185,8 @@ def _checked(content: dict) -> Checkpoint:
         content = {k: content[k] for k in ("cfg", "state_dict")} | {"kind": "original lab"}
     elif not isinstance(content["format"], int) or content["format"] != FORMAT:
         raise _Damaged(
-            f"has format {content['format']!r}, this version of the lab reads {FORMAT}; "
-            "use the version that wrote it"
+            f"has format {content['format']!r}, this version of the lab reads {FORMAT} (to keep "
+            "the file, use the version that wrote it)"
         )
     names = {f.name for f in fields(Checkpoint)}
     try:

@@ -73,6 +73,8 @@ class Profile:
             _require(len(set(value)) == len(value), name, value, "all different")
         ascending = list(self.multipass_ratios) == sorted(self.multipass_ratios)
         _require(ascending, "multipass_ratios", self.multipass_ratios, "ascending")
+        several = len(self.multipass_ratios) != 1
+        _require(several, "multipass_ratios", self.multipass_ratios, "two ratios or more, or none")
         _require(not self.nesterov or self.momentum > 0, "nesterov", True, "False without momentum")
 
     @property

@@ -77,11 +77,15 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
 
 def seconds_per_epoch(
-    model: nn.Module, data: ImageData, profile: Profile, engine: Engine | None = None
+    model: nn.Module,
+    data: ImageData,
+    profile: Profile,
+    engine: Engine | None = None,
+    teacher: nn.Module | None = None,
 ) -> float:
     """How long an epoch of training and testing will take, from a few steps on a copy."""
     engine = engine or choose_engine(model, data, profile)
-    step = _time_steps(model, data, profile, engine, profile.batch_size)
+    step = _time_steps(model, data, profile, engine, profile.batch_size, teacher)
     images, _ = next(data.plain_batches("test", profile.test_batch_size))
     images = images.contiguous(memory_format=torch.channels_last)
     tester = copy.deepcopy(model).eval()
@@ -95,10 +99,15 @@ def seconds_per_epoch(
 
 
 def _time_steps(
-    model: nn.Module, data: ImageData, profile: Profile, engine: Engine, batch_size: int
+    model: nn.Module,
+    data: ImageData,
+    profile: Profile,
+    engine: Engine,
+    batch_size: int,
+    teacher: nn.Module | None = None,
 ) -> float:
     """Seconds of one training step: the faster of two, after one that warms up."""
-    step = TrainStep(copy.deepcopy(model), profile, engine, l1_lambda=0.0)
+    step = TrainStep(copy.deepcopy(model), profile, engine, l1_lambda=0.0, teacher=teacher)
     images, labels = next(data.plain_batches("train", batch_size))
     seconds = []
     for _ in range(3):

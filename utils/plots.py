@@ -110,7 +110,7 @@ def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: 
             threshold,
             color=color,
             linestyle="--",
-            label=f"prune {ratio:.0%}: |γ| < {threshold:.2g}",
+            label=f"prune {100 * ratio:g}%: |γ| < {threshold:.2g}",
         )
     ax.set(
         yscale="log",
@@ -134,7 +134,7 @@ def kept_channels(widths: Sequence[int], kept: Mapping[float, Sequence[int]], ti
         for layer, count in zip(layers, counts, strict=True):
             ax.annotate(str(count), (layer, count), ha="center", va="bottom", fontsize=7)
         ax.set(
-            title=f"{ratio:.0%} pruned: {sum(counts):,} of {sum(widths):,} channels stay",
+            title=f"{100 * ratio:g}% pruned: {sum(counts):,} of {sum(widths):,} channels stay",
             xlabel="convolution",
             xticks=layers[::2],
         )
@@ -162,7 +162,7 @@ def ladder(
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, no training after the cut (%)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"What a cut costs, and what can be had back without training: {data}")
+    figure.suptitle(f"What a cut costs, and what can be recovered without training: {data}")
     return figure
 
 

@@ -59,6 +59,12 @@ def _to_multiple(kept: int, floor: int, width: int, multiple: int) -> int:
     return min(width, multiple * max(least, round(kept / multiple)))
 
 
+def largest_ratio(model: VGG, min_channels: int | float = 1) -> float:
+    """The largest pruning ratio for which each layer can keep its floor of `min_channels`."""
+    widths = [bn.num_features for bn in bn_layers(model)]
+    return 1 - sum(_floor(width, min_channels) for width in widths) / sum(widths)
+
+
 def plan_pruning(
     model: VGG, pruning_ratio: float, *, min_channels: int | float = 1, multiple_of: int = 1
 ) -> PruningPlan:

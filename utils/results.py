@@ -27,7 +27,7 @@ def record(
         **values,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     os.replace(temporary, path)
 
@@ -42,8 +42,12 @@ def read(folder: Path) -> dict:
 
 
 def report(folder: Path) -> str:
-    """What the three notebooks found, as three tables in Markdown."""
+    """What the notebooks found, as tables in Markdown; none for a notebook that has not run."""
     results = read(folder)
+
+    def rows(section: str, values: str) -> list[dict]:
+        return results.get(section, {}).get(values, [])
+
     trained = [
         {
             "λ": f"{run['l1_lambda']:g}",
@@ -51,14 +55,15 @@ def report(folder: Path) -> str:
             "test accuracy (%)": f"{run['test_accuracy'][-1]:.2f}",
             "sparsity": f"{run['sparsity'][-1]:.3f}",
         }
-        for run in results["sparsity_train"]["runs"]
+        for run in rows("sparsity_train", "runs")
     ]
     rungs = (
         "before the cut", "raw cut", "β absorbed", "BN recalibrated", "β absorbed, BN recalibrated"
     )  # fmt: skip
     cuts = [
-        {"pruned": f"{cut['pruning_ratio']:.0%}"} | {rung: f"{cut[rung]:.2f}" for rung in rungs}
-        for cut in results["vggprune"]["cuts"]
+        {"pruned": f"{100 * cut['pruning_ratio']:g}%"}
+        | {rung: f"{cut[rung]:.2f}" for rung in rungs}
+        for cut in rows("vggprune", "cuts")
     ]
     networks = [
         {
@@ -71,9 +76,20 @@ def report(folder: Path) -> str:
             "batch of 1 (ms)": f"{row['batch of 1 (ms)']:.2f}",
             "batch of 256 (ms)": f"{row['batch of 256 (ms)']:.1f}",
         }
-        for row in results["train_prune_model"]["table"]
+        for row in rows("train_prune_model", "table")
     ]
-    return "\n\n".join(map(_markdown, (trained, cuts, networks)))
+    ingredients = [
+        {
+            "fine-tuned in other ways": row["network"],
+            "schedule": row["schedule"],
+            "distillation": f"{row['distillation']:g}",
+            "right after the cut (%)": f"{row['right after the cut (%)']:.2f}",
+            "fine-tuned (%)": f"{row['fine-tuned (%)']:.2f}",
+        }
+        for row in rows("train_prune_model", "ingredients")
+    ]
+    tables = (trained, cuts, networks, ingredients)
+    return "\n\n".join(_markdown(table) for table in tables if table)
 
 
 def _markdown(rows: list[dict[str, str]]) -> str:

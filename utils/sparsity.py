@@ -61,10 +61,10 @@ def verdict(gammas: Tensor, pruning_ratio: float, safe_mass: float = 0.01) -> st
     if is_collapsed(gammas):
         alive = (gammas.abs() >= EPS).double().mean()
         return f"collapsed: |γ| ≥ {EPS:g} in {alive:.1%} of the channels; λ is too strong"
-    mass = mass_below(gammas, pruning_ratio)
+    mass, percent = mass_below(gammas, pruning_ratio), f"{100 * pruning_ratio:g}%"
     if mass <= safe_mass:
-        return f"safe to cut {pruning_ratio:.0%}: those channels hold {mass:.2%} of Σ|γ|"
+        return f"safe to cut {percent}: those channels hold {mass:.2%} of Σ|γ|"
     return (
-        f"too little sparsity for {pruning_ratio:.0%}: those channels hold {mass:.1%} of Σ|γ|; "
+        f"too little sparsity for {percent}: those channels hold {mass:.1%} of Σ|γ|; "
         "expect a drop that only compensation or fine-tuning repairs"
     )

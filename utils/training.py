@@ -219,15 +219,23 @@ def _run_epoch(
     }
 
 
-def forecast(model: VGG, data: ImageData, profile: Profile, engine: Engine, runs: int = 1) -> str:
+def forecast(
+    model: VGG,
+    data: ImageData,
+    profile: Profile,
+    engine: Engine,
+    *,
+    runs: int = 1,
+    teacher: VGG | None = None,
+) -> str:
     """How long `runs` trainings will take on this machine, and what to do if that is long."""
-    seconds = seconds_per_epoch(model, data, profile, engine) * profile.epochs * runs
+    seconds = seconds_per_epoch(model, data, profile, engine, teacher) * profile.epochs * runs
     times = f"{runs} × {profile.epochs} epochs" if runs > 1 else f"{profile.epochs} epochs"
     if seconds < 2 * 3600:
         return f"{times} will take about {max(1, round(seconds / 60))} min here"
     return (
-        f"{times} will take about {seconds / 3600:.0f} hours here. Shorter: the profiles laptop (a "
-        "sixteenth of the work of cifar10) and quick (minutes), fewer epochs, or a GPU"
+        f"{times} will take about {seconds / 3600:.0f} hours here. Shorter: fewer epochs, a GPU, "
+        "or a smaller profile (laptop is a sixteenth of the work of cifar10, quick takes minutes)"
     )
 
 
