@@ -156,6 +156,15 @@ def test_the_tables_of_the_readme_are_those_of_the_recorded_run():
         assert tables == report(ROOT / folder)
 
 
+def test_the_speed_in_the_readme_is_that_of_the_recorded_benchmark():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    recorded = json.loads((ROOT / "benchmarks" / "train_speed.json").read_text("utf-8"))
+    for row in recorded["training"]:
+        assert f"| {row['times faster']:g} | {row['least']:g} – {row['most']:g} |" in readme
+    for row in recorded["slim"]:
+        assert f"| {row['network']} | {row['fewer MACs']:g} | {row['times faster']:g} |" in readme
+
+
 ACCURACIES = {
     "sparsity_train": lambda found: [a for run in found["runs"] for a in run["test_accuracy"]],
     "vggprune": lambda found: [cut["raw cut"] for cut in found["cuts"]],
