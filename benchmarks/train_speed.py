@@ -33,6 +33,8 @@ from utils.sparsity import bn_layers
 from utils.training import fit
 
 L1_LAMBDA = 1e-4
+SETTLE = 0.3
+"""Seconds before each turn: the reference's worker fills its queue, then no longer disturbs."""
 
 
 def random_data(count: int, tests: int = 100) -> ImageData:
@@ -124,6 +126,7 @@ def take_turns(
     """Seconds a step for each contestant and round."""
 
     def turn(contestant: Iterator) -> float:
+        time.sleep(SETTLE)
         start = time.perf_counter()
         for _ in range(steps):
             next(contestant)

@@ -208,8 +208,18 @@ def test_the_seed_decides_the_weights():
 def test_the_forecast_is_the_time_of_all_epochs(monkeypatch, seconds, runs, said):
     monkeypatch.setattr(training, "seconds_per_epoch", lambda *_: seconds)
     profile = tiny_profile(epochs=5)
-    forecast = training.forecast(tiny_model(), tiny_data(), profile, Engine("cpu", "float32"), runs)
+    forecast = training.forecast(
+        tiny_model(), tiny_data(), profile, Engine("cpu", "float32"), runs=runs
+    )
     assert re.match(said, forecast)
+
+
+def test_the_forecast_counts_the_teacher(monkeypatch):
+    teacher, seen = tiny_model(seed=5), []
+    monkeypatch.setattr(training, "seconds_per_epoch", lambda *args: seen.append(args) or 1.0)
+    engine = Engine("cpu", "float32")
+    training.forecast(tiny_model(), tiny_data(), tiny_profile(), engine, teacher=teacher)
+    assert seen[0][-1] is teacher
 
 
 # --- stopped and started again -------------------------------------------------------------------
