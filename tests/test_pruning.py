@@ -135,6 +135,7 @@ def test_plan_is_that_of_the_rule_in_plain_python(gammas, pruning_ratio, floor):
     assert plan.total - plan.kept == round(plan.total * pruning_ratio)
 
 
+@settings(deadline=None)
 @given(cfg=cfgs, floor=floors)
 def test_the_largest_ratio_leaves_each_layer_its_floor_and_one_channel_more_is_refused(cfg, floor):
     model = random_network(cfg)

@@ -141,6 +141,8 @@ class TrainStep:
     ) -> None:
         device = next(model.parameters()).device
         self.model = model.to(memory_format=torch.channels_last).train()
+        if teacher is not None:
+            teacher = teacher.to(memory_format=torch.channels_last).eval()
         self.teacher = teacher
         self.engine = engine
         self.l1_lambda = l1_lambda

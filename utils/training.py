@@ -142,7 +142,7 @@ def fit(
     device = next(model.parameters()).device
     data = data.to(device)
     if teacher is not None:
-        teacher = teacher.to(device, memory_format=torch.channels_last).eval()
+        teacher = teacher.to(device)
     settings = run_settings(model, data, profile, l1_lambda=l1_lambda, teacher=teacher)
 
     history, saved = History(), None
