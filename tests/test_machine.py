@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import start
 
 from utils import machine, results
 from utils.config import get_profile
@@ -67,6 +68,21 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path):
     assert found["one"]["profile"]["l1_lambdas"] == list(SMOKE.l1_lambdas)
     assert found["one"]["machine"] == machine.describe_machine("cpu")
     assert [f.name for f in folder.iterdir()] == [results.FILE]
+
+
+def _record_often(folder, section):
+    for k in range(100):
+        record(folder, section, {"k": k})
+
+
+def test_two_notebooks_that_record_at_once_lose_nothing(tmp_path):
+    writers = [start(_record_often, tmp_path, name) for name in ("one", "two")]
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    found = results.read(tmp_path)
+    assert {name: section["k"] for name, section in found.items()} == {"one": 99, "two": 99}
+    assert [f.name for f in tmp_path.iterdir()] == [results.FILE]
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"one": {', b"<html>", b"\xff\xfe\x00"])

@@ -1,14 +1,17 @@
 """A checkpoint file that describes itself: saved whole or not at all, and trusted in nothing."""
 
 import contextlib
+import hashlib
 import io
 import math
 import os
+import tempfile
 import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from models.vgg import VGG, check_cfg
@@ -95,6 +98,16 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def file_lock(path: str | Path, *, timeout: float = -1) -> FileLock:
+    """A lock that one process at a time can hold for `path`; it is free again if that one dies.
+
+    `timeout`: how many seconds to wait for it, −1 for as long as it takes; then filelock.Timeout.
+    """
+    # In the temporary folder: a mounted drive may know no locks.
+    name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"network-slimming-{name}.lock", timeout=timeout)
 
 
 def load(path: str | Path, *, kind: str | None = None) -> Checkpoint:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from utils.checkpoint import file_lock
 from utils.config import Profile
 from utils.machine import describe_machine
 
@@ -19,17 +20,18 @@ def record(
 ) -> None:
     """Set `section` of the results in `folder` (one per notebook), keeping the others."""
     path = folder / FILE
-    results = read(folder) if path.exists() else {}
-    results[section] = {
-        "profile": asdict(profile),
-        "machine": describe_machine(device),
-        "command": os.environ.get("LAB_COMMAND", "the notebook, opened by hand"),
-        **values,
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(temporary, path)
+    with file_lock(path):  # between reading and writing, for two notebooks may end at once
+        results = read(folder) if path.exists() else {}
+        results[section] = {
+            "profile": asdict(profile),
+            "machine": describe_machine(device),
+            "command": os.environ.get("LAB_COMMAND", "the notebook, opened by hand"),
+            **values,
+        }
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(temporary, path)
 
 
 def read(folder: Path) -> dict:

@@ -1,10 +1,8 @@
 """fit() and evaluate(): what training is. How a step is computed fast is engine.py's matter."""
 
 import glob
-import hashlib
 import math
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.vgg import VGG
-from utils.checkpoint import Checkpoint, CheckpointError, load, save
+from utils.checkpoint import Checkpoint, CheckpointError, file_lock, load, save
 from utils.config import Profile
 from utils.data import ImageData, digest
 from utils.engine import Engine, TrainStep, choose_engine, emulates_bfloat16, seconds_per_epoch
@@ -296,9 +294,7 @@ def _only_writer(checkpoint: str | Path | None) -> Iterator[None]:
     if not checkpoint:
         yield
         return
-    # In the temporary folder: a mounted drive may know no locks.
-    name = hashlib.sha256(str(Path(checkpoint).resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"network-slimming-{name}.lock", timeout=0)
+    lock = file_lock(checkpoint, timeout=0)
     try:
         lock.acquire()
     except Timeout:
