@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--precision", default="bfloat16", help="to hold against float32")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/parity.json"))
+    parser.add_argument("--out", type=Path, help="default: benchmarks/parity_<profile>.json")
     options = parser.parse_args()
 
     device, profile = pick_device(), get_profile(options.profile)
@@ -45,7 +45,8 @@ def main() -> None:
     print(f"{profile.name}, λ = {profile.l1_lambdas[1]:g}, {options.seeds} seeds, {data.name}")
     print(table.round(3).to_string())
     report = {"machine": describe_machine(device), "profile": profile.name, "data": data.name}
-    options.out.write_text(json.dumps(report | {"runs": rows}, indent=1) + "\n", "utf-8")
+    out = options.out or Path(f"benchmarks/parity_{profile.name}.json")
+    out.write_text(json.dumps(report | {"runs": rows}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

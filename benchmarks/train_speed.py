@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--profile", default="cifar10", help="whose network and batch size")
     parser.add_argument("--steps", type=int, default=6, help="steps a turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/train_speed.json"))
+    parser.add_argument("--out", type=Path, help="default: benchmarks/train_speed_<engine>.json")
     options = parser.parse_args()
 
     device, profile = pick_device(), get_profile(options.profile)
@@ -293,7 +293,8 @@ def main() -> None:
         "machine": machine, "engine": str(engine), "profile": profile.name, "training": rows,
         "slim": slim_rows, **figures,
     }  # fmt: skip
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    out = options.out or Path(f"benchmarks/train_speed_{engine.device}_{engine.precision}.json")
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
