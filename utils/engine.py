@@ -240,19 +240,20 @@ class TrainStep:
         self.inputs = (images.clone(), labels.clone())
         state = [*self._state()]
         before = [t.detach().clone() for t in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # cuDNN chooses its algorithms, torch allocates
-                self._step(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader may pin memory
-            self._step(*self.inputs)
-        with torch.no_grad():
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # cuDNN chooses its algorithms, torch allocates
+                    self._step(*self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._step(*self.inputs)  # thread_local: a loader's thread may pin memory
+        finally:  # after a failure, too, the model is as it was
+            with torch.no_grad():
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
         self.graph = graph
 
     def _state(self) -> Iterable[Tensor]:
