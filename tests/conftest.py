@@ -5,6 +5,7 @@ import dataclasses
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,6 +207,8 @@ def run(function: Callable, *args: object) -> int:
 
 def _quietly(function: Callable, *args: object) -> None:
     torch.set_num_threads(1)
+    # A shell lets what it starts in the background ignore this signal; a notebook does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for output in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     function(*args)
