@@ -146,9 +146,9 @@ def augment(images: Tensor, shifts: Tensor, flips: Tensor, padding: int) -> Tens
     The same as torchvision's Pad, crop and hflip image by image.
     """
     n, channels, h, w = images.shape
-    rows, columns = (torch.arange(size, device=images.device) for size in (h, w))
     padded = F.pad(images, [padding] * 4)
-    rows = shifts[:, :1] + rows
+    rows = shifts[:, :1] + torch.arange(h, device=images.device)
+    columns = torch.arange(w, device=images.device)
     columns = shifts[:, 1:] + torch.where(flips[:, None], columns.flip(0), columns)
     source = rows[:, :, None] * padded.shape[3] + columns[:, None]  # of each pixel: (n, h, w)
     source = source.view(n, 1, h * w).expand(n, channels, h * w)

@@ -246,11 +246,11 @@ class TrainStep:
             with torch.cuda.stream(stream):
                 for _ in range(3):  # cuDNN chooses its algorithms, torch allocates
                     self._step(*self.inputs)
-            torch.cuda.current_stream().wait_stream(stream)
             self.optimizer.zero_grad(set_to_none=True)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step(*self.inputs)  # thread_local: a loader's thread may pin memory
-        finally:  # after a failure, too, the model is as it was
+        finally:  # after a failure, too, the model is as it was: nothing on the stream may follow
+            torch.cuda.current_stream().wait_stream(stream)
             with torch.no_grad():
                 for tensor, value in zip(state, before, strict=True):
                     tensor.copy_(value)

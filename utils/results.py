@@ -29,7 +29,7 @@ def record(
             "command": os.environ.get("LAB_COMMAND", "the notebook, opened by hand"),
             **values,
         }
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another machine has its own locks
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
         os.replace(temporary, path)
 
