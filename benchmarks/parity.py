@@ -1,9 +1,10 @@
 """Does mixed precision cost accuracy? The same trainings in float32 and in a lower precision.
 
     .venv/bin/python -m benchmarks.parity                                  # quick, minutes
-    LAB_EPOCHS=3 .venv/bin/python -m benchmarks.parity --profile laptop    # a short CIFAR-10 run
+    LAB_EPOCHS=4 .venv/bin/python -m benchmarks.parity --profile laptop    # a short CIFAR-10 run
 
-The two agree if their means differ by less than the seeds do.
+The two agree if their means differ by less than the seeds do. Four epochs are the fewest in which
+the learning rate drops: before that, the test accuracy jumps by ten points from epoch to epoch.
 """
 
 import argparse
@@ -39,9 +40,13 @@ def main() -> None:
             torch.manual_seed(seed)
             model = VGG(profile.cfg, num_classes=len(data.classes)).to(device)
             history = fit(model, data, chosen, l1_lambda=profile.l1_lambdas[1])
-            accuracy, sparsity = history.test_accuracy[-1], history.sparsity[-1]
-            rows.append({"precision": precision, "seed": seed, "test accuracy (%)": accuracy})
-            rows[-1]["sparsity"] = sparsity
+            last = {
+                "training loss": history.train_loss[-1],
+                "training accuracy (%)": history.train_accuracy[-1],
+                "test accuracy (%)": history.test_accuracy[-1],
+                "sparsity": history.sparsity[-1],
+            }
+            rows.append({"precision": precision, "seed": seed, **last})
     table = pd.DataFrame(rows).drop(columns="seed").groupby("precision").agg(["mean", "std"])
     print(f"{profile.name}, λ = {profile.l1_lambdas[1]:g}, {options.seeds} seeds, {data.name}")
     print(table.round(3).to_string())

@@ -158,6 +158,21 @@ def compare(name: str, ours: list[float], reference: list[float]) -> dict[str, o
     }
 
 
+def slim_rows(seconds: dict[str, list[float]], work: dict[str, int]) -> list[dict[str, object]]:
+    """What each network's step takes, and how that goes with its MACs (`work`)."""
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return [
+        {
+            "network": name,
+            "MACs (M)": round(work[name] / 1e6, 1),
+            "step (ms)": round(1e3 * median[name], 2),
+            "fewer MACs": round(work["dense"] / work[name], 1),
+            "times faster": round(median["dense"] / median[name], 1),
+        }
+        for name in seconds
+    ]
+
+
 def slim_networks(profile: Profile, device: torch.device) -> dict[str, VGG]:
     """The dense network and two that a global threshold on random γ leaves."""
     torch.manual_seed(1)
@@ -256,26 +271,12 @@ def main() -> None:
 
     networks = slim_networks(profile, device)
     work = {name: macs(network) for name, network in networks.items()}
-    slim_seconds = turns(
-        {
-            name: our_steps(net, on_device, profile, choose_engine(net, on_device, profile))
-            for name, net in networks.items()
-        },
-        options.steps,
-    )
-    slim_rows = [
-        {
-            "network": name,
-            "MACs (M)": round(work[name] / 1e6, 1),
-            "step (ms)": round(1e3 * statistics.median(seconds), 2),
-            "fewer MACs": round(work["dense"] / work[name], 1),
-            "times faster": round(
-                statistics.median(slim_seconds["dense"]) / statistics.median(seconds), 1
-            ),
-        }
-        for name, seconds in slim_seconds.items()
-    ]
-    print(pd.DataFrame(slim_rows).set_index("network").to_string())
+    contestants = {
+        name: our_steps(net, on_device, profile, choose_engine(net, on_device, profile))
+        for name, net in networks.items()
+    }
+    slims = slim_rows(turns(contestants, options.steps), work)
+    print(pd.DataFrame(slims).set_index("network").to_string())
 
     dtype = getattr(torch, engine.precision)
     rate = matmul_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
@@ -291,7 +292,7 @@ def main() -> None:
         print(f"{name}: {value:.3g}")
     report = {
         "machine": machine, "engine": str(engine), "profile": profile.name, "training": rows,
-        "slim": slim_rows, **figures,
+        "slim": slims, **figures,
     }  # fmt: skip
     out = options.out or Path(f"benchmarks/train_speed_{engine.device}_{engine.precision}.json")
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
