@@ -176,6 +176,20 @@ def test_the_speed_in_the_readme_is_that_of_the_recorded_benchmarks():
         assert f"they have {fewer} times fewer MACs" in readme
 
 
+def test_the_parity_in_the_readme_is_that_of_the_recorded_runs():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    files = sorted(ROOT.glob("benchmarks/parity_*.json"))
+    assert files
+    for file in files:
+        recorded = json.loads(file.read_text("utf-8"))
+        cells = [recorded["profile"]]
+        for precision in ("float32", "bfloat16"):
+            runs = [r for r in recorded["runs"] if r["precision"] == precision]
+            accuracies = [r["test accuracy (%)"] for r in runs]
+            cells.append(f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}")
+        assert f"| {' | '.join(cells)} |" in readme
+
+
 ACCURACIES = {
     "sparsity_train": lambda found: [a for run in found["runs"] for a in run["test_accuracy"]],
     "vggprune": lambda found: [cut["raw cut"] for cut in found["cuts"]],
