@@ -31,11 +31,19 @@ hypothesis.settings.register_profile("soak", max_examples=17_000, deadline=None)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="long runs, for hours (reliability.md)")
+    parser.addoption("--seed", type=int, help="of the random moments and damage; --soak draws one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "reliability: a row of the table; its docstring says what")
-    hypothesis.settings.load_profile("soak" if config.getoption("--soak") else "default")
+    soak = config.getoption("--soak")
+    hypothesis.settings.load_profile("soak" if soak else "default")
+    if config.option.seed is None:  # two long runs are not to try the same
+        config.option.seed = random.SystemRandom().randrange(2**31) if soak else 0
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random moments and damage: --seed {config.option.seed}"
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +58,12 @@ def _seeded() -> None:
 @pytest.fixture
 def soak(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--soak")
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest) -> random.Random:
+    """The random moments and damage of a test."""
+    return random.Random(request.config.option.seed)
 
 
 @pytest.fixture

@@ -73,9 +73,8 @@ def train_and_tell(path: Path, told: Path) -> None:
 class Runs:
     """One training, cut off at random moments and started again until it is done; then anew."""
 
-    def __init__(self, folder: Path):
-        self.path, self.told = folder / "x.pt", folder / "told"
-        self.draw = random.Random(0)
+    def __init__(self, folder: Path, draw: random.Random):
+        self.path, self.told, self.draw = folder / "x.pt", folder / "told", draw
         assert run(time.sleep, 0) == 0  # the server of the processes is there from now on
         begun = time.monotonic()
         self.finish(expected=None)
@@ -113,8 +112,8 @@ class Runs:
 
 
 @pytest.fixture
-def runs(tmp_path):
-    return Runs(tmp_path)
+def runs(tmp_path, draw):
+    return Runs(tmp_path, draw)
 
 
 def test_killed_at_random_moments(runs, times):
@@ -131,14 +130,13 @@ def test_stopped_with_the_stop_button(runs, times):
     runs.finish(runs.whole)
 
 
-def test_a_clock_that_jumps(tmp_path, monkeypatch, times):
+def test_a_clock_that_jumps(tmp_path, monkeypatch, draw, times):
     """a clock that jumps changes nothing"""
     train(tmp_path / "whole.pt")
-    clock = random.Random(0)
     for k in times(1, 100):
         with monkeypatch.context() as patch:
             for name in ("time.time", "time.monotonic", "tqdm.std.time"):
-                patch.setattr(name, lambda: clock.uniform(-1e9, 1e9))
+                patch.setattr(name, lambda: draw.uniform(-1e9, 1e9))
             train(tmp_path / f"{k}.pt")
         assert (tmp_path / f"{k}.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
 
@@ -182,9 +180,9 @@ def test_killed_at_each_step_inside_save(tmp_path, times):
         assert {old, new} == set(found)
 
 
-def test_damaged_checkpoints(tmp_path, times):
+def test_damaged_checkpoints(tmp_path, draw, times):
     """damaged checkpoints: CheckpointError, or every bit as it was; no code run"""
-    path, canary, draw = tmp_path / "x.pt", tmp_path / "canary", random.Random(0)
+    path, canary = tmp_path / "x.pt", tmp_path / "canary"
     whole, other = bytes_of(path, OLD), bytes_of(path, NEW)
     torch.save({"cfg": TINY_CFG, "state_dict": OLD.state_dict, "x": Trap(canary)}, path)
     trapped = path.read_bytes()
