@@ -63,19 +63,25 @@ class Checkpoint:
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path` whole or not at all: an interruption leaves the old file.
+    """Write `checkpoint` to `path`, as `write_whole` does it."""
+    buffer = io.BytesIO()
+    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    torch.save({"format": FORMAT, **content}, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def write_whole(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all, in a folder that is made if need be: an interruption leaves
+    the old file.
 
     Raises CheckpointError if the folder can't be written to or the disk is full.
     """
     path = Path(path)
-    buffer = io.BytesIO()
-    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
-    torch.save({"format": FORMAT, **content}, buffer)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two writers do not meet
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)

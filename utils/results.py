@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint import file_lock
+from utils.checkpoint import file_lock, write_whole
 from utils.config import Profile
 from utils.machine import describe_machine
 
@@ -20,7 +20,6 @@ def record(
 ) -> None:
     """Set `section` of the results in `folder` (one per notebook), keeping the others."""
     path = folder / FILE
-    folder.mkdir(parents=True, exist_ok=True)
     with file_lock(path):  # between reading and writing, for two notebooks may end at once
         results = read(folder) if path.exists() else {}
         results[section] = {
@@ -29,9 +28,8 @@ def record(
             "command": os.environ.get("LAB_COMMAND", "the notebook, opened by hand"),
             **values,
         }
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # another machine has its own locks
-        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(temporary, path)
+        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        write_whole(path, text.encode("utf-8"))
 
 
 def read(folder: Path) -> dict:
