@@ -5,6 +5,7 @@ The executed copies, the pictures and results.json are left in figures/<profile>
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,8 +30,11 @@ class LiveClient(NotebookClient):
         return super().output(outs, msg, display_id, cell_index)
 
 
-def run(name: str, target: Path) -> None:
-    """Execute the notebook `name`; write it to `target` with its outputs, of a failure too."""
+def run(name: str, target: Path) -> Path:
+    """Execute the notebook `name`; write it to `target` with its outputs, of a failure too.
+
+    The folder that its last cell names comes back: that of a run_name, if its parameters set one.
+    """
     notebook = nbformat.read(ROOT / name, as_version=4)
     client = LiveClient(
         notebook,
@@ -44,6 +48,9 @@ def run(name: str, target: Path) -> None:
         client.execute()
     finally:
         nbformat.write(notebook, target)
+    last_cell = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    printed = "".join(output.get("text", "") for output in last_cell.outputs)
+    return ROOT / re.search(r"Saved: (\S+)/\*\.png", printed).group(1)
 
 
 def main() -> None:
@@ -61,16 +68,13 @@ def main() -> None:
     for name in NOTEBOOKS:
         print(f"\n══════════ {name} ══════════", flush=True)
         try:
-            run(name, folder / name)
+            recorded = run(name, folder / name)
         except CellExecutionError as error:
             sys.exit(f"{name} stopped: {error.ename}: {error.evalue}\nSee {folder / name}")
-        # Where it was recorded: a run_name set in the parameters cell has a folder of its own.
-        latest = max(ROOT.glob("figures/*/results.json"), key=lambda path: path.stat().st_mtime)
-        (folder / name).replace(latest.parent / name)
-    folder = latest.parent
+        (folder / name).replace(recorded / name)
     print(f"\n══════════ done in {(time.monotonic() - began) / 60:.1f} min ══════════\n")
-    print(report(folder))
-    print(f"\nThe executed notebooks, the pictures and results.json: {folder.relative_to(ROOT)}/")
+    print(report(recorded))
+    print(f"\nThe executed notebooks, the pictures and results.json: {recorded.relative_to(ROOT)}/")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from utils import training
 from utils.checkpoint import CheckpointError, load, save
 from utils.data import ImageData
 from utils.engine import Engine, TrainStep
-from utils.training import DivergenceError, evaluate, fit, learning_rate
+from utils.training import DivergenceError, Evaluation, evaluate, fit, learning_rate
 
 # --- the learning rate ---------------------------------------------------------------------------
 
@@ -274,7 +274,8 @@ def test_a_run_goes_on_with_the_engine_it_began_with(tmp_path, capsys, monkeypat
         train(path, engine=bfloat16)
     path.write_bytes(after_epoch[0])
     capsys.readouterr()
-    train(path)  # its profile asks for float32
+    go_on = partial(fit, l1_lambda=TINY_LAMBDA, checkpoint=path)
+    go_on(tiny_model(), tiny_data(), tiny_profile(precision="auto"))
     assert "bfloat16" in capsys.readouterr().out
     whole = tmp_path / "whole.pt"
     whole.write_bytes(after_epoch[-1])
@@ -282,8 +283,42 @@ def test_a_run_goes_on_with_the_engine_it_began_with(tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     path.write_bytes(after_epoch[0])
-    train(path)  # on a CPU that would emulate it
-    assert "float32 channels_last" in capsys.readouterr().out
+    go_on(tiny_model(), tiny_data(), tiny_profile(precision="auto"))
+    assert "float32 channels_last" in capsys.readouterr().out  # where bfloat16 would be emulated
+
+    path.write_bytes(after_epoch[0])
+    with pytest.raises(CheckpointError, match="precision = 'bfloat16', now 'float32'"):
+        go_on(tiny_model(), tiny_data(), tiny_profile(precision="float32"))
+
+
+def test_the_stop_button_then_run_all_again_in_the_same_kernel(tmp_path, monkeypatch, runs):
+    path, steps, run = tmp_path / "x.pt", [], TrainStep._step
+
+    def stopped_at_the_fifth(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        run(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainStep, "_step", stopped_at_the_fifth)
+        train(path)
+    assert path.read_bytes() == runs[0]  # the second epoch was under way
+    train(path)
+    assert path.read_bytes() == runs[2]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"optimizer": {}}, {"history": {"speed": [1.0]}}],
+    ids=["no engine", "unknown column"],
+)
+def test_a_whole_file_that_no_training_wrote_is_refused(tmp_path, runs, lie):
+    path = tmp_path / "x.pt"
+    path.write_bytes(runs[0])
+    save(path, dataclasses.replace(load(path), **lie))
+    with pytest.raises(CheckpointError, match=r"x\.pt: no training can go on from this file"):
+        train(path)
 
 
 def _changed(**changes):
@@ -442,6 +477,11 @@ def _poisoned_by_the_last_step(monkeypatch):
     return partial(fit, tiny_model(), tiny_data(), tiny_profile(), l1_lambda=0.25)
 
 
+def _infinite_test_loss(monkeypatch):
+    monkeypatch.setattr(training, "evaluate", lambda *_: Evaluation(math.inf, 10.0))
+    return partial(fit, tiny_model(), tiny_data(), tiny_profile(), l1_lambda=0.25)
+
+
 def _wild_lr(monkeypatch):
     return partial(fit, tiny_model(), tiny_data(), tiny_profile(lr=1e6), l1_lambda=0.25)
 
@@ -452,7 +492,14 @@ def _wild_lambda(monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [_poisoned_weight, _poisoned_image, _poisoned_by_the_last_step, _wild_lr, _wild_lambda],
+    [
+        _poisoned_weight,
+        _poisoned_image,
+        _poisoned_by_the_last_step,
+        _infinite_test_loss,
+        _wild_lr,
+        _wild_lambda,
+    ],
 )
 def test_a_run_that_diverges_stops_in_its_first_epoch(tmp_path, monkeypatch, wrong):
     run = wrong(monkeypatch)

@@ -50,14 +50,19 @@ def recalibrate_bn(model: VGG, batches: Iterable[tuple[Tensor, Tensor]]) -> VGG:
     return recalibrated
 
 
+def slim_repaired(model: VGG, plan: PruningPlan, batches: Iterable[tuple[Tensor, Tensor]]) -> VGG:
+    """The slim network with both repairs: β absorbed, BN recalibrated on `batches`."""
+    return recalibrate_bn(slim(absorb_bias(model, plan), plan), batches)
+
+
 def slim_rungs(
     model: VGG, plan: PruningPlan, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, VGG]:
     """The slim network at each rung of the ladder: the raw cut, each repair alone, and both."""
-    raw, absorbed = slim(model, plan), slim(absorb_bias(model, plan), plan)
+    raw = slim(model, plan)
     return {
         "raw cut": raw,
-        "β absorbed": absorbed,
+        "β absorbed": slim(absorb_bias(model, plan), plan),
         "BN recalibrated": recalibrate_bn(raw, batches),
-        "β absorbed, BN recalibrated": recalibrate_bn(absorbed, batches),
+        "β absorbed, BN recalibrated": slim_repaired(model, plan, batches),
     }

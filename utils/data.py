@@ -19,6 +19,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import check_integrity
 
+from utils.checkpoint import file_lock
+
 IMAGE_SIZE = 32
 
 CIFAR10_PLACES = (
@@ -168,7 +170,8 @@ def load_data(name: str, root: str | Path = "data") -> ImageData:
     if name == "digits":
         return _digits()
     if name == "cifar10":
-        return _cifar10(Path(root))
+        with file_lock(Path(root) / "cifar-10"):  # two notebooks must not unpack at once
+            return _cifar10(Path(root))
     return _folder(Path(name))
 
 

@@ -147,10 +147,13 @@ def fit(
     with _only_writer(checkpoint):
         if checkpoint and Path(checkpoint).exists():
             saved = load(checkpoint, kind=kind)
+            history, begun_with = _run_of(saved, checkpoint)
             _require_same(settings, saved.settings, checkpoint)
+            if profile.precision != "auto":
+                asked, made = ({"precision": e} for e in (profile.precision, begun_with.precision))
+                _require_same(asked, made, checkpoint)
             model.load_state_dict(saved.state_dict)
-            history = History(**saved.history)
-            engine = _engine_of(saved, device) or engine
+            engine = _available(begun_with, device) or engine
             print(f"{checkpoint}: {len(history)} of {profile.epochs} epochs were done before")
             for epoch in range(len(history)):
                 print(history.line(epoch, profile.epochs))
@@ -205,8 +208,8 @@ def _run_epoch(
         step(images, labels)
         bar.update()
     loss, accuracy = step.read()
-    _require_sound(step.model, loss, step.l1_lambda, lr, epoch)
     test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
+    _require_sound(step.model, loss, test.loss, step.l1_lambda, lr, epoch)
     return {
         "lr": lr,
         "train_loss": loss,
@@ -277,12 +280,18 @@ def _require_same(wanted: dict, found: dict, path: str | Path) -> None:
         )
 
 
-def _engine_of(saved: Checkpoint, device: torch.device) -> Engine | None:
-    """The engine that the run began with, if this device has it (on a CPU: to the last bit)."""
+def _run_of(saved: Checkpoint, path: str | Path) -> tuple[History, Engine]:
+    """What a run needs to go on, but for weights and momentum, which `load` has checked."""
     try:
-        engine = Engine(**saved.optimizer["engine"])
-    except (KeyError, TypeError):
-        return None
+        return History(**saved.history), Engine(**saved.optimizer["engine"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: no training can go on from this file ({error}). Delete or replace it."
+        ) from error
+
+
+def _available(engine: Engine, device: torch.device) -> Engine | None:
+    """The engine that a run began with, if this device has it (on a CPU: to the last bit)."""
     if engine.device != device.type:
         return None
     return None if engine.precision == "bfloat16" and emulates_bfloat16(device) else engine
@@ -324,12 +333,16 @@ def _progress_bar(data: ImageData, profile: Profile, done: int) -> tqdm:
     )
 
 
-def _require_sound(model: VGG, loss: float, l1_lambda: float, lr: float, epoch: int) -> None:
+def _require_sound(
+    model: VGG, loss: float, test_loss: float, l1_lambda: float, lr: float, epoch: int
+) -> None:
     guessing = math.log(model.classifier.out_features)
     finite = all(t.isfinite().all() for t in model.state_dict().values())
-    if not finite or not loss < EXPLODED * guessing:
+    # The test loss may be large for an epoch: the BN statistics lag behind the weights.
+    if not (finite and loss < EXPLODED * guessing and math.isfinite(test_loss)):
         raise DivergenceError(
             f"diverged in epoch {epoch + 1}: mean loss {loss:.3g} (guessing has {guessing:.3g}), "
-            f"weights {'finite' if finite else 'not finite'}, at λ = {l1_lambda:g} and "
-            f"lr = {lr:g}. Lower one of them; the checkpoint keeps the last sound epoch."
+            f"on the test images {test_loss:.3g}, weights {'finite' if finite else 'not finite'}, "
+            f"at λ = {l1_lambda:g} and lr = {lr:g}. Lower one of them; the checkpoint keeps the "
+            "last sound epoch."
         )
