@@ -28,7 +28,8 @@ def compare(runs: pd.DataFrame) -> pd.DataFrame:
     table = by_precision.agg(["mean", "std"]).T.unstack()
     errors = by_precision.sem().pow(2).sum().pow(0.5)
     apart = by_precision.mean().diff().iloc[-1].abs() / errors
-    return table.assign(**{"standard errors apart": apart})
+    table["standard errors apart", ""] = apart
+    return table
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from tqdm import tqdm
 
 from models.vgg import VGG
@@ -66,23 +68,35 @@ def draw(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.config.option.seed)
 
 
+class Counted:
+    """A property's rounds: counted, and with --soak shown as a bar with the time left."""
+
+    def __init__(self, item: pytest.Item, total: int):
+        self.runs, self.item, self.total, self.bar = 0, item, total, None
+
+    def one_more(self) -> None:
+        self.runs += 1
+        if self.item.config.getoption("--soak"):
+            capture = self.item.config.pluginmanager.getplugin("capturemanager")
+            with capture.global_and_fixture_disabled():
+                self.bar = self.bar or tqdm(
+                    total=self.total, desc=self.item.name, file=sys.stderr, mininterval=1
+                )
+                self.bar.update()
+                if self.runs == self.total:
+                    self.bar.close()
+
+
 @pytest.fixture
 def times(request: pytest.FixtureRequest, soak: bool) -> Callable[[int, int], Iterator[int]]:
-    """`for k in times(short, long)`: that many rounds, the long count and a bar with --soak."""
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    counted = {"runs": 0}
-    request.node.user_properties.append(("counted", counted))
+    """`for k in times(short, long)`: that many rounds, the long count with --soak."""
 
     def rounds(short: int, long: int) -> Iterator[int]:
-        with capture.global_and_fixture_disabled():
-            bar = tqdm(total=long, desc=request.node.name, disable=not soak, file=sys.stderr)
-        for k in range(long if soak else short):
-            counted["runs"] += 1
+        counted = Counted(request.node, long if soak else short)
+        request.node.user_properties.append(("counted", counted))
+        for k in range(counted.total):
             yield k
-            with capture.global_and_fixture_disabled():
-                bar.update()
-        with capture.global_and_fixture_disabled():
-            bar.close()
+            counted.one_more()
 
     return rounds
 
@@ -92,8 +106,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("reliability"):
             item.user_properties.append(("property", item.obj.__doc__.splitlines()[0]))
             if getattr(item.obj, "is_hypothesis_test", False):
-                runs = hypothesis.settings().max_examples
-                item.user_properties.append(("counted", {"runs": runs}))
+                count_examples(item)
+
+
+def count_examples(item: pytest.Item) -> None:
+    """Each example that hypothesis tries is a round."""
+    counted = Counted(item, hypothesis.settings().max_examples)
+    item.user_properties.append(("counted", counted))
+    inner = item.obj.hypothesis.inner_test
+
+    @functools.wraps(inner)
+    def one_example(*args, **options):
+        inner(*args, **options)
+        counted.one_more()
+
+    item.obj.hypothesis.inner_test = one_example
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -103,7 +130,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             found = dict(report.user_properties)
             if "property" in found and report.when == "call":
                 row = table.setdefault(found["property"], [0, 0])
-                row[0] += found.get("counted", {"runs": 1})["runs"]
+                row[0] += found["counted"].runs if "counted" in found else 1
                 row[1] += outcome != "passed"
     if table:
         width = max(map(len, table))
@@ -112,6 +139,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
         for name, (runs, failures) in sorted(table.items()):
             terminalreporter.line(f"{name:{width}} | {runs:6d} | {failures}")
 
+
+# --- random networks: hypothesis strategies ------------------------------------------------------
+
+seeds = st.integers(0, 2**32 - 1)
+layers = st.tuples(st.integers(1, 6), st.booleans())  # channels, followed by a max-pool?
+cfgs = st.lists(layers, min_size=1, max_size=4).map(
+    lambda pairs: [v for width, pooled in pairs for v in ([width, "M"] if pooled else [width])]
+)
 
 # --- tiny runs -----------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from conftest import cfgs, seeds
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,21 +14,6 @@ from models.vgg import VGG
 from utils.compensation import absorb_bias, recalibrate_bn
 from utils.pruning import mask, plan_pruning, slim
 from utils.sparsity import bn_layers
-
-seeds = st.integers(0, 2**32 - 1)
-layers = st.tuples(st.integers(1, 6), st.booleans())  # channels, followed by a max-pool?
-cfgs = st.lists(layers, min_size=1, max_size=4).map(
-    lambda pairs: [v for width, pooled in pairs for v in ([width, "M"] if pooled else [width])]
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small gain nothing from a second thread; on busy cores it costs ×10."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained(cfg, padding="zeros"):
@@ -67,7 +53,6 @@ def unchanged(model, before):
 
 
 @pytest.mark.reliability
-@settings(deadline=None)
 @given(cfg=cfgs, seed=seeds, share=st.floats(0, 1))
 def test_absorbing_beta_is_exact_where_padding_does_not_break_a_constant_map(cfg, seed, share):
     """absorb_bias: exact where padding keeps a constant map constant

@@ -68,9 +68,6 @@ def test_digits_are_1797_different_places_in_two_balanced_disjoint_splits():
 # --- augmentation --------------------------------------------------------------------------------
 
 
-PLACE = st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans())
-
-
 @given(
     padding=st.integers(0, 16),
     places=st.lists(
@@ -399,7 +396,10 @@ class Server(BaseHTTPRequestHandler):
             return
         if how in ("truncated", "stalled"):
             content = content[: len(content) // 2]
-        self.wfile.write(content)
+        for piece in range(0, len(content), 1000):
+            self.wfile.write(content[piece : piece + 1000])
+            if how == "slow":
+                self.over.wait(0.05)
         if how == "stalled":
             self.wfile.flush()
             self.over.wait(20)
@@ -453,6 +453,13 @@ def test_when_one_place_fails_the_next_is_asked(places, tmp_path, broken):
     assert_is_the_stand_in(load_data("cifar10", tmp_path))
     assert Server.asked[-1] == "good" and set(Server.asked) <= {broken, "good"}
     assert time.monotonic() - begun < 10  # a place that falls silent is given up
+
+
+def test_a_place_that_is_slow_but_steady_is_waited_for(places, tmp_path):
+    places("slow", "missing")  # longer than the time limit in all, never for one piece
+    begun = time.monotonic()
+    assert_is_the_stand_in(load_data("cifar10", tmp_path))
+    assert set(Server.asked) == {"slow"} and time.monotonic() - begun > 0.5
 
 
 def test_data_fetched_once_need_no_network(places, tmp_path):

@@ -152,10 +152,11 @@ def test_set_lr_decides_how_far_a_step_goes():
     assert_close(moved[2], 2 * moved[1])
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("with_teacher", [False, True])
-def test_a_step_never_waits_for_a_value(monkeypatch, with_teacher):
+def test_a_step_never_waits_for_a_value(monkeypatch, with_teacher, precision):
     teacher = tiny_model(seed=5).eval() if with_teacher else None
-    step, inputs = step_with(FLOAT32, teacher=teacher), batch()
+    step, inputs = step_with(Engine("cpu", precision), teacher=teacher), batch()
     step(*inputs)
 
     def wait(self, *_):

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 import torch_pruning as tp
-from hypothesis import assume, given, settings
+from conftest import cfgs, seeds
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,23 +15,9 @@ from models.vgg import VGG
 from utils.pruning import largest_ratio, mask, plan_pruning, slim
 from utils.sparsity import bn_layers
 
-seeds = st.integers(0, 2**32 - 1)
-layers = st.tuples(st.integers(1, 6), st.booleans())  # channels, followed by a max-pool?
-cfgs = st.lists(layers, min_size=1, max_size=4).map(
-    lambda pairs: [v for width, pooled in pairs for v in ([width, "M"] if pooled else [width])]
-)
 ratios = st.floats(0, 1, exclude_max=True)
 # Shares that binary fractions hold exactly, so that share × width has one right ceiling.
 floors = st.integers(0, 7) | st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.75, 1.0])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Networks this small gain nothing from a second thread; on busy cores it costs ×10."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(*gammas):
@@ -108,7 +95,6 @@ def oracle(gammas, pruning_ratio, min_channels):
 
 
 @pytest.mark.reliability
-@settings(deadline=None)
 @given(
     gammas=st.lists(
         # Few values, so that ties and zeros are common.
@@ -135,7 +121,6 @@ def test_plan_is_that_of_the_rule_in_plain_python(gammas, pruning_ratio, floor):
     assert plan.total - plan.kept == round(plan.total * pruning_ratio)
 
 
-@settings(deadline=None)
 @given(cfg=cfgs, floor=floors)
 def test_the_largest_ratio_leaves_each_layer_its_floor_and_one_channel_more_is_refused(cfg, floor):
     model = random_network(cfg)
@@ -152,7 +137,6 @@ def test_the_largest_ratio_leaves_each_layer_its_floor_and_one_channel_more_is_r
 
 
 @pytest.mark.reliability
-@settings(deadline=None)
 @given(cfg=cfgs, seed=seeds, pair=st.tuples(ratios, ratios).map(sorted), floor=floors)
 def test_a_channel_pruned_at_one_ratio_stays_pruned_at_every_higher_one(cfg, seed, pair, floor):
     """plan invariants: monotonic in the ratio"""
@@ -164,7 +148,6 @@ def test_a_channel_pruned_at_one_ratio_stays_pruned_at_every_higher_one(cfg, see
 
 
 @pytest.mark.reliability
-@settings(deadline=None)
 @given(cfg=cfgs, seed=seeds, pruning_ratio=ratios)
 def test_threshold_separates_kept_from_pruned_where_no_layer_needs_its_floor(
     cfg, seed, pruning_ratio
@@ -302,7 +285,6 @@ def test_printed_plan_shows_the_ratio_asked_for_and_the_one_realised():
 
 
 @pytest.mark.reliability
-@settings(deadline=None)
 @given(cfg=cfgs, seed=seeds, pruning_ratio=ratios, floor=floors)
 def test_masked_equals_slim_exactly_in_exact_arithmetic(cfg, seed, pruning_ratio, floor):
     """masked ≡ slim network, exact arithmetic"""
@@ -313,7 +295,6 @@ def test_masked_equals_slim_exactly_in_exact_arithmetic(cfg, seed, pruning_ratio
 
 
 @pytest.mark.reliability
-@settings(deadline=None)
 @given(cfg=cfgs, seed=seeds, pruning_ratio=ratios, floor=floors)
 def test_masked_equals_slim_to_1e_4_in_float32(cfg, seed, pruning_ratio, floor):
     """masked ≡ slim network, random float32"""
