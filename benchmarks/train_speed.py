@@ -93,23 +93,33 @@ def our_batches(data: ImageData, profile: Profile) -> Iterator:
     )
 
 
+def reference_step(
+    model: VGG, optimizer: torch.optim.SGD, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, int]:
+    """A step as the original lab does it, waiting for the loss and the number of correct ones."""
+    optimizer.zero_grad()
+    logits = model(images)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    for bn in bn_layers(model):
+        bn.weight.grad.add_(L1_LAMBDA * torch.sign(bn.weight.detach()))
+    optimizer.step()
+    return loss.item(), (logits.argmax(1) == labels).sum().item()
+
+
+def reference_optimizer(model: VGG, profile: Profile) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        model.parameters(), profile.lr, profile.momentum, weight_decay=profile.weight_decay
+    )
+
+
 def reference_steps(
     model: VGG, data: ImageData, profile: Profile, device: torch.device
 ) -> Iterator[None]:
     """The plain loop: float32, channels first, one worker, `.item()` at every batch."""
-    optimizer = torch.optim.SGD(model.parameters(), profile.lr, profile.momentum, weight_decay=1e-4)
-    total = correct = 0.0
+    optimizer = reference_optimizer(model, profile)
     for images, labels in reference_batches(data, profile, device):
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        for bn in bn_layers(model):
-            bn.weight.grad.add_(L1_LAMBDA * torch.sign(bn.weight.detach()))
-        optimizer.step()
-        total += loss.item()
-        correct += (logits.argmax(1) == labels).sum().item()
+        reference_step(model, optimizer, images.to(device), labels.to(device))
         yield
 
 
