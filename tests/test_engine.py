@@ -86,7 +86,7 @@ def test_the_timed_probe_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     choose_engine(model, tiny_data(), tiny_profile(precision="auto"))
-    assert seconds_per_epoch(model, tiny_data(), tiny_profile()) > 0
+    assert seconds_per_epoch(model, tiny_data(), tiny_profile(), FLOAT32) > 0
     assert same(dict(model.state_dict()), before)
     assert all(p.grad is None for p in model.parameters())
 
@@ -95,6 +95,13 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps(monkeypatch):
     monkeypatch.setattr(engine, "_time_steps", lambda *_: 4.0)
     found = seconds_per_epoch(tiny_model(), tiny_data(), tiny_profile(), FLOAT32)
     assert found == pytest.approx(4 * 25 / 10, abs=2)  # and the test images take a moment
+
+
+def test_the_seconds_of_an_epoch_count_the_teacher(monkeypatch):
+    teacher, timed = tiny_model(seed=5), []
+    monkeypatch.setattr(engine, "_time_steps", lambda *args: timed.append(args) or 1.0)
+    seconds_per_epoch(tiny_model(), tiny_data(), tiny_profile(), FLOAT32, teacher)
+    assert timed[0][-1] is teacher
 
 
 # --- the step ------------------------------------------------------------------------------------

@@ -166,7 +166,14 @@ PROFILES: dict[str, Profile] = {
             flip=False,
         ),
         # CIFAR-10 without a GPU: a quarter of the width, a sixteenth of the work.
-        Profile(name="laptop", width=0.25, l1_lambdas=(0.0, 1e-3, 1e-2), finetune_lr=0.1),
+        Profile(
+            name="laptop",
+            width=0.25,
+            l1_lambdas=(0.0, 1e-3, 1e-2),
+            min_channels=4,
+            multipass_ratios=(0.7, 0.83, 0.9),
+            finetune_lr=0.1,
+        ),
         # Liu et al. 2017, section 4.
         Profile(
             name="paper",

@@ -80,11 +80,10 @@ def seconds_per_epoch(
     model: nn.Module,
     data: ImageData,
     profile: Profile,
-    engine: Engine | None = None,
+    engine: Engine,
     teacher: nn.Module | None = None,
 ) -> float:
-    """How long an epoch of training and testing will take, from a few steps on a copy."""
-    engine = engine or choose_engine(model, data, profile)
+    """How long an epoch of training and testing takes, from a few steps on a copy."""
     step = _time_steps(model, data, profile, engine, profile.batch_size, teacher)
     images, _ = next(data.plain_batches("test", profile.test_batch_size))
     images = images.contiguous(memory_format=torch.channels_last)

@@ -14,8 +14,8 @@ def pick_device() -> torch.device:
         return torch.device("cuda")
     _keep_freed_memory()
     print(
-        "Warning: no GPU found, running on the CPU. The profiles quick (minutes) and laptop (one "
-        "to three hours) are made for that; in Colab: Runtime → Change runtime type → GPU."
+        "Warning: no GPU found, running on the CPU. The profiles quick (minutes) and laptop (a few "
+        "hours) are made for that; in Colab: Runtime → Change runtime type → GPU."
     )
     return torch.device("cpu")
 

@@ -160,7 +160,7 @@ def ladder(
             ax.plot(percent, accuracies, marker=marker, fillstyle="none", label=name)
         ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
         ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("test accuracy, no training after the cut (%)")
+    axes[0][0].set_ylabel("test accuracy after the cut (%)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"What a cut costs, and what can be recovered without training: {data}")
     return figure

@@ -18,7 +18,7 @@ from models.vgg import VGG
 from utils.checkpoint import Checkpoint, CheckpointError, file_lock, load, save
 from utils.config import Profile
 from utils.data import ImageData, digest
-from utils.engine import Engine, TrainStep, choose_engine, emulates_bfloat16, seconds_per_epoch
+from utils.engine import Engine, TrainStep, choose_engine, emulates_bfloat16
 from utils.machine import describe_machine
 from utils.sparsity import sparsity
 
@@ -220,22 +220,12 @@ def _run_epoch(
     }
 
 
-def forecast(
-    model: VGG,
-    data: ImageData,
-    profile: Profile,
-    engine: Engine,
-    *,
-    runs: int = 1,
-    teacher: VGG | None = None,
-) -> str:
-    """How long `runs` trainings will take on this machine, and what to do if that is long."""
-    seconds = seconds_per_epoch(model, data, profile, engine, teacher) * profile.epochs * runs
-    times = f"{runs} × {profile.epochs} epochs" if runs > 1 else f"{profile.epochs} epochs"
+def forecast(seconds: float, what: str) -> str:
+    """A sentence: `what` takes `seconds` on this machine, and what to choose if that is long."""
     if seconds < 2 * 3600:
-        return f"{times} will take about {max(1, round(seconds / 60))} min here"
+        return f"{what} take about {max(1, round(seconds / 60))} min here"
     return (
-        f"{times} will take about {seconds / 3600:.0f} hours here. Shorter: fewer epochs, a GPU, "
+        f"{what} take about {seconds / 3600:.0f} hours here. Shorter: fewer epochs, a GPU, "
         "or a smaller profile (laptop is a sixteenth of the work of cifar10, quick takes minutes)"
     )
 
