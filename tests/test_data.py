@@ -136,7 +136,7 @@ def test_without_flip_and_crop_the_images_are_as_they_were():
 
 
 def test_plain_batches_are_the_images_in_order():
-    data = tiny_data()
+    data = tiny_data(count=25)
     for split, count in (("train", 25), ("test", 10)):
         batches = list(data.plain_batches(split, 8))
         expected = getattr(data, f"{split}_images")
@@ -181,7 +181,7 @@ def test_the_digest_is_of_the_content_not_of_the_name_of_the_folder():
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [10]), (9, [10, 15])])
 def test_calibration_batches_are_the_first_of_an_epoch_of_training(count, sizes):
-    data, how = tiny_data(), {"seed": 1, "crop_padding": 2, "flip": True}
+    data, how = tiny_data(count=25), {"seed": 1, "crop_padding": 2, "flip": True}
     found = data.calibration_batches(**how, count=count, batch_size=10)
     assert [len(labels) for _, labels in found] == sizes
     for (x, y), (images, labels) in zip(
@@ -202,7 +202,7 @@ def test_calibration_batches_are_the_first_of_an_epoch_of_training(count, sizes)
 )
 def test_tensors_that_do_not_fit_are_named(part, value, said):
     with pytest.raises(ValueError, match=said):
-        dataclasses.replace(tiny_data(), **{part: value})
+        dataclasses.replace(tiny_data(count=25), **{part: value})
 
 
 def test_no_image_at_all_is_refused():
