@@ -26,8 +26,7 @@ WRITTEN_BY = {
 KINDS = (*WRITTEN_BY, "original lab")
 COLUMNS = ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "sparsity")
 """What a history has a list of, one entry per epoch."""
-SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-"""What the state of a GradScaler has, if it is on."""
+GRAD_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 class CheckpointError(Exception):
@@ -97,9 +96,7 @@ def load(path: str | Path, kind: str | None = None) -> Checkpoint:
     shape that `cfg` asks for. Anything else raises CheckpointError. No code in the file is run.
     """
     path, writer = os.path.abspath(path), WRITTEN_BY.get(kind, "the notebook that writes it")
-    advice = (
-        "Delete or replace the file, and" if kind in WRITTEN_BY else "Get a sound copy of it, or"
-    )
+    advice = "Delete or replace the file, and" if kind in WRITTEN_BY else "Get a sound copy, or"
     try:
         with open(path, "rb") as file:
             checkpoint = _checked(read(file))
@@ -151,9 +148,7 @@ def _check_values(checkpoint: Checkpoint) -> None:
     done = len(history.get("lr", ()))
     epochs = checkpoint.settings.get("epochs", done)
     if type(epochs) is not int or done > epochs:
-        raise Unreadable(
-            f"has a history of {done} epochs, its settings say epochs = {short(epochs)}"
-        )
+        raise Unreadable(f"has {done} epochs of history, its settings say epochs = {short(epochs)}")
     if 0 < done < epochs and checkpoint.optimizer == {}:
         raise Unreadable(f"has {done} of {epochs} epochs, but no optimizer state to go on with")
 
@@ -200,6 +195,6 @@ def _check_optimizer(optimizer: dict, parameters: list[Tensor]) -> None:
         raise Unreadable("has an optimizer state without a momentum for each parameter")
     for value, weight in zip(momentum, parameters, strict=True):
         check_tensor("the optimizer's momentum", value, weight)
-    known = isinstance(scaler, dict) and set(scaler) in (set(), SCALER)
+    known = isinstance(scaler, dict) and set(scaler) in (set(), GRAD_SCALER)
     if not known or not all(map(is_finite, scaler.values())):
         raise Unreadable("has an optimizer state whose scaler is not one of torch")
