@@ -1,6 +1,8 @@
 """utils/cost.py: parameters, MACs, bytes and seconds."""
 
 import copy
+import itertools
+import logging
 
 import pytest
 import torch
@@ -93,26 +95,25 @@ def test_latency_is_a_positive_time_on_the_asked_number_of_threads():
     assert taken.num_threads == 1
 
 
-def test_latency_of_a_larger_network_is_longer():
-    options = {"batch_size": 4, "num_threads": 1, "min_run_time": 0.05}
-    assert latency(VGG([64, 64]), **options) > latency(VGG([1]), **options)
-
-
-def test_compare_latency_measures_the_networks_in_turns(monkeypatch):
-    networks = {"dense": small([3, "M", 4]), "slim": small([1, "M", 2])}
-    turns = []
-
-    def spy(model, *args, **options):
-        turns.append(model)
-        return measure(model, *args, **options)
-
-    measure = cost._measure
-    monkeypatch.setattr(cost, "_measure", spy)
+def test_networks_are_measured_in_turns_on_the_batch_that_was_asked_for():
+    networks, seen = {"dense": small([3, "M", 4]), "slim": small([1, "M", 2])}, []
+    for name, model in networks.items():
+        model.register_forward_pre_hook(lambda _, x, name=name: seen.append((name, x[0].shape)))
     taken = cost.compare_latency(
         networks, 2, rounds=2, input_shape=(3, 8, 8), num_threads=1, min_run_time=0.005
     )
-    assert [model.cfg[0] for model in turns] == [3, 1, 3, 1]
-    assert list(taken) == ["dense", "slim"]
+    assert [name for name, _ in itertools.groupby(name for name, _ in seen)] == [*networks] * 2
+    assert {shape for _, shape in seen} == {(2, 3, 8, 8)}
+    assert list(taken) == list(networks)
     for measurement in taken.values():
         assert measurement.median > 0
         assert len(measurement.times) >= 2  # one or more of each round
+
+
+def test_only_the_warning_of_a_toolkit_without_a_gpu_is_silenced(caplog):
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.addHandler(caplog.handler)
+    logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
+    logger.warning("another matter")
+    logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"another matter"}
