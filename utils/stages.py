@@ -5,7 +5,6 @@ is there already. Called again, a step that is done just loads.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from utils.checkpoint import Checkpoint, load, save
 from utils.compensation import slim_repaired
 from utils.config import Profile
 from utils.data import ImageData
+from utils.prepare import folder_path
 from utils.pruning import PruningPlan, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
@@ -255,6 +255,17 @@ def from_scratch(network: VGG, seed: int) -> VGG:
     return fresh.to(next(network.parameters()).device)
 
 
-def with_seed(profile: Profile, seed: int) -> Profile:
-    """The same settings, another order and augmentation."""
-    return dataclasses.replace(profile, seed=seed)
+def from_elsewhere(file: str, data: ImageData) -> VGG:
+    """The network in a file of somebody else, such as `{'cfg', 'state_dict'}`, to be fine-tuned.
+
+    Raises ValueError if it tells other classes apart or takes images of another kind.
+    """
+    file = folder_path(file)
+    found = load(file)
+    first = next(v for v in found.state_dict.values() if v.dim() == 4)
+    if found.num_classes != len(data.classes) or first.shape[1] != 3:
+        raise ValueError(
+            f"lab_file = {str(file)!r}: a network for {first.shape[1]} colour channels and "
+            f"{found.num_classes} classes; the images have 3 and {len(data.classes)}"
+        )
+    return found.model().to(data.train_images.device)
