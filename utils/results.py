@@ -53,9 +53,9 @@ def record(run: Run, notebook: str, values: dict, device: torch.device | str) ->
             "machine": describe_machine(device),
             **values,
         }
-        if notebook == NOTEBOOKS[2]:
-            results[notebook]["cut"] = _cut(results)
         for other in NOTEBOOKS:
+            if other == NOTEBOOKS[2] == notebook:
+                results[notebook]["cut"] = _cut(results)
             if other in results and (why := foreign(results, other, run.id)):
                 print(f"{path}: {other}.ipynb {why}: its old results are left out, run it again")
                 del results[other]
