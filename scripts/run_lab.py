@@ -36,6 +36,7 @@ def execute(name: str, target: Path) -> None:
         notebook,
         kernel_name="python3",
         timeout=None,
+        record_timing=False,
         coalesce_streams=True,  # of a progress bar only the last state is kept
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no word about its local TCP ports
         resources={"metadata": {"path": str(ROOT)}},
