@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import re
 import sys
@@ -15,10 +16,11 @@ import torch
 from utils.checkpoint import CheckpointError, load
 from utils.files import write_whole
 from utils.handed_in import ARCHIVE, NEEDED, REPORT, STUDENT, Results, inspect
-from utils.report import TEXT, ReportError, write_report
+from utils.report import ReportError, write_report
 from utils.sparsity import bn_layers
 
 ROOT = Path(__file__).resolve().parent.parent
+LANGUAGES = ("en", "zh")
 CODE = ("models/*.py", "utils/*.py", "requirements.txt")
 """What the notebooks need to run when unpacked."""
 
@@ -40,17 +42,16 @@ def hand_in(student: str, name: str, *, language: str = "en", root: Path = ROOT)
     gammas, wrong = _gammas(checkpoints, results) if results else ({}, [])
     if problems or wrong:
         listed = "\n- ".join([*problems, *wrong])
-        sys.exit(
-            f"Not handed in. `make lab` makes a whole run; run {name} has:\n- {listed}"
-        )
+        sys.exit(f"Not handed in. `make lab` makes a whole run; run {name} has:\n- {listed}")
 
     sections = own_text(figures / "report.md", results, language)
     for title, text in sections:
         if not text:
             print(f"Not written yet, in {figures / 'report.md'}: {title}")
     report = figures / REPORT.format(student=student)
+    words = json.loads((ROOT / "docs" / "report_words.json").read_text("utf-8"))[language]
     found = {"run": run, "results": results, "gammas": gammas}
-    write_report(report, student=student, sections=sections, language=language, **found)
+    write_report(report, student=student, sections=sections, words=words, **found)
     code = [path for pattern in CODE for path in root.glob(pattern)]
     packed = {path.relative_to(root).as_posix(): path for path in code}
     return pack(root / ARCHIVE.format(student=student), {**packed, **sources, report.name: report})
@@ -115,9 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("student", help="your student ID")
     parser.add_argument("--run", default="quick", help="the run to hand in (quick)")
-    parser.add_argument(
-        "--language", default=os.environ.get("LANG_REPORT", "en"), choices=TEXT, help="(en)"
-    )
+    language = os.environ.get("LANG_REPORT") or "en"
+    parser.add_argument("--language", default=language, choices=LANGUAGES, help=f"({language})")
     options = parser.parse_args()
     try:
         hand_in(options.student, options.run, language=options.language)

@@ -95,8 +95,18 @@ class VggPrune(Section):
     cuts: list[Cut]
 
 
+class Row(BaseModel):
+    stage: str
+    accuracy: Accuracy = Field(alias="test accuracy (%)")
+
+
 class TrainPruneModel(Section):
     finetuning: list[Tuned]
+    table: list[Row]
+
+    def dense_accuracy(self) -> float:
+        """Of the network trained without penalty, in %."""
+        return next(row.accuracy for row in self.table if row.stage == "dense")
 
 
 class Results(BaseModel):
@@ -107,15 +117,14 @@ class Results(BaseModel):
     train_prune_model: TrainPruneModel
 
     @model_validator(mode="after")
-    def _every_ratio(self):
-        ratios = self.vggprune.profile.pruning_ratios
-        for name, rows in (
-            ("cut", self.vggprune.cuts),
-            ("fine-tuning", self.train_prune_model.finetuning),
-        ):
-            absent = [f"{100 * r:g}%" for r in ratios if r not in [v.pruning_ratio for v in rows]]
-            if absent:
-                raise ValueError(f"no {name} at {', '.join(absent)}")
+    def _nothing_missing(self):
+        pruned, finetuned = self.vggprune, self.train_prune_model
+        for ratio in pruned.profile.pruning_ratios:
+            for name, rows in (("cut", pruned.cuts), ("fine-tuning", finetuned.finetuning)):
+                if ratio not in [row.pruning_ratio for row in rows]:
+                    raise ValueError(f"no {name} at {100 * ratio:g}%")
+        if "dense" not in [row.stage for row in finetuned.table]:
+            raise ValueError("no dense network in the table")
         return self
 
     def cuts(self) -> list[tuple[Cut, Tuned]]:

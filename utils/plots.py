@@ -184,7 +184,9 @@ def finetuning_curves(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("accuracy (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    columns = min(3, len(histories))  # a single panel is too narrow for all three in a row
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns)
     figure.suptitle(f"Fine-tuning the slim networks on {data}")
     return figure
 
