@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
@@ -18,8 +18,6 @@ OnePerEpoch = Field(min_length=1)
 
 
 class Evaluation(BaseModel):
-    """A network on the test images; accuracy in %."""
-
     loss: FiniteFloat
     accuracy: Accuracy
     correct: int
@@ -171,10 +169,7 @@ def inspect(files: Mapping[str, bytes]) -> tuple[Run | None, Results | None, lis
     return run, results, problems
 
 
-Content = TypeVar("Content", Run, Results)
-
-
-def _read(kind: type[Content], name: str, files: Mapping, problems: list[str]) -> Content | None:
+def _read(kind: type[BaseModel], name: str, files: Mapping[str, bytes], problems: list[str]):
     try:
         return kind.model_validate_json(files[name]) if name in files else None
     except ValidationError as error:

@@ -67,7 +67,7 @@ def _curves(page: "_Pages", words: Mapping, results: Results, classes: int) -> N
         numbers = {"train": run.train_accuracy[-1], "test": run.test_accuracy[-1], "eps": EPS}
         numbers |= {"sparse": 100 * run.sparsity[-1], "epochs": len(run.lr)}
         sentence = words["trained"].format(l1_lambda=run.l1_lambda, **numbers)
-        page.write(f"{sentence} {_if_guessed(words, numbers['test'], classes)}")
+        page.write("\n".join([sentence, *_if_guessed(words, numbers["test"], classes)]))
 
 
 def _distributions(page: "_Pages", words: Mapping, gammas: Mapping, data: str) -> None:
@@ -85,19 +85,17 @@ def _cut(
     kept = [v for v in cut.cfg if v != "M"]
     numbers = {"realised": 100 * cut.realised_ratio, "kept": sum(kept), "total": sum(dense)}
     page.write(words["cut"].format(**cut.model_dump(exclude={"evaluations"}), **numbers))
-    histories, after = (
-        {tuned.network: tuned.model_dump()},
-        {tuned.network: stages.repaired.accuracy},
-    )
+    curves = {tuned.network: tuned.model_dump()}
+    after = {tuned.network: stages.repaired.accuracy}
     uncut = results.train_prune_model.dense_accuracy()
     page.draw(
         plots.kept_channels(dense, {cut.pruning_ratio: kept}, f"λ = {cut.l1_lambda:g}, {data}"),
-        plots.finetuning_curves(histories, after, uncut, data),
+        plots.finetuning_curves(curves, after, uncut, data),
     )
     for name, measured in (*stages, ("finetuned", tuned.test)):
         title = words[name].format(epochs=len(tuned.lr))
         guessed = _if_guessed(words, measured.accuracy, classes)
-        page.write(f"{title}\n{_course_line(measured)} {guessed}")
+        page.write("\n".join([title, _course_line(measured), *guessed]))
     page.write(words["network"])
     page.write(str(VGG(cut.cfg, num_classes=classes)), size=6.5, font="mono")
 
@@ -108,9 +106,10 @@ def _course_line(measured: Evaluation) -> str:
     return f"Test set: Average loss: {measured.loss:.4f}, Accuracy: {counted}"
 
 
-def _if_guessed(words: Mapping, accuracy: float, classes: int) -> str:
-    chance = {"accuracy": accuracy, "classes": classes}
-    return words["chance"].format(**chance) if accuracy < 150 / classes else ""
+def _if_guessed(words: Mapping, accuracy: float, classes: int) -> list[str]:
+    """A word on an accuracy that needs no training, if this is one."""
+    chance = words["chance"].format(accuracy=accuracy, classes=classes)
+    return [chance] if accuracy < 150 / classes else []
 
 
 class _Pages:
