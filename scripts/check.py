@@ -67,7 +67,7 @@ def _look_into(path: Path) -> HandIn:
         hand_in.problems += _missing(entries, name and name[1], files)
         run, results, problems = inspect(files)
         hand_in.problems += problems
-        hand_in.run = run.id if run else ""
+        hand_in.run = f"{run.id} begun {run.began}" if run else ""
         hand_in.claims = _claims(results) if results else ""
     return hand_in
 
@@ -143,10 +143,7 @@ def table(hand_ins: list[HandIn]) -> str:
         others = [h.name for h in owners[hand_in.run] if hand_in.run and h is not hand_in]
         wrong = "; ".join(hand_in.problems) or "nothing"
         rows.append((hand_in.name, hand_in.run, hand_in.claims, ", ".join(others), wrong))
-    # Names come from strangers: no control characters for the terminal, no endless lines.
-    rows = [
-        ["".join(c if c.isprintable() else "?" for c in v)[:600] or "–" for v in r] for r in rows
-    ]
+    rows = [[_printable(value) or "–" for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from utils.checkpoint import CheckpointError, load
+from utils.config import get_profile
 from utils.files import write_whole
 from utils.handed_in import ARCHIVE, NEEDED, REPORT, STUDENT, Results, inspect
 from utils.report import ReportError, write_report
+from utils.runs import RunError, last_run
 from utils.sparsity import bn_layers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ def hand_in(student: str, name: str, *, language: str = "en", root: Path = ROOT)
     if not figures.is_dir():
         runs = ", ".join(sorted(p.parent.name for p in root.glob("figures/*/results.json")))
         sys.exit(f"There is no run {name!r} (there are: {runs or 'none'}); `make lab` makes one")
-    sources = {n: (checkpoints if n == "run.json" else figures) / n for n in NEEDED}
+    sources = {n: _source(root, name, n) for n in NEEDED}
     run, results, problems = inspect({n: p.read_bytes() for n, p in sources.items() if p.exists()})
     gammas, wrong = _gammas(checkpoints, results) if results else ({}, [])
     if problems or wrong:
@@ -55,6 +57,17 @@ def hand_in(student: str, name: str, *, language: str = "en", root: Path = ROOT)
     code = [path for pattern in CODE for path in root.glob(pattern)]
     packed = {path.relative_to(root).as_posix(): path for path in code}
     return pack(root / ARCHIVE.format(student=student), {**packed, **sources, report.name: report})
+
+
+def _source(root: Path, name: str, file: str) -> Path:
+    """Where a file of run `name` lies; a notebook that was opened by hand lies in the root."""
+    if file == "run.json":
+        return root / "checkpoints" / name / file
+    by_hand = root / file
+    shows = f"Run {name} · id"
+    if by_hand.exists() and shows in by_hand.read_text("utf-8").replace("\\u00b7", "·"):
+        return by_hand
+    return root / "figures" / name / file
 
 
 def _gammas(folder: Path, results: Results) -> tuple[dict[float, np.ndarray], list[str]]:
@@ -115,13 +128,15 @@ def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # λ and γ, on Windows too
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("student", help="your student ID")
-    parser.add_argument("--run", default="quick", help="the run to hand in (quick)")
+    parser.add_argument("--run", help="default: what PROFILE or RUN name, else the last run")
     language = os.environ.get("LANG_REPORT") or "en"
     parser.add_argument("--language", default=language, choices=LANGUAGES, help=f"({language})")
     options = parser.parse_args()
+    named = os.environ.get("LAB_PROFILE") or os.environ.get("LAB_RUN")
     try:
-        hand_in(options.student, options.run, language=options.language)
-    except (ReportError, OSError) as error:
+        name = options.run or (get_profile().name if named else last_run())
+        hand_in(options.student, name, language=options.language)
+    except (ReportError, RunError, ValueError, OSError) as error:
         sys.exit(f"Not handed in: {error}")
 
 
