@@ -41,7 +41,7 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
 
-handin: .venv/lab
+handin: .venv/handin
 	$(BIN)/python -m scripts.hand_in "$(call needed,STUDENT)"
 
 check: .venv/lab
@@ -69,6 +69,10 @@ coverage: .venv/dev
 	touch $@
 
 .venv/dev: requirements-dev.txt .venv/lab
+	$(BIN)/python -m pip install --quiet --requirement $<
+	touch $@
+
+.venv/handin: requirements-handin.txt .venv/lab
 	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@
 

@@ -350,6 +350,10 @@ def test_slim_copies_what_torch_prunings_dependency_graph_copies(seed):
         if pruned:
             graph.get_pruning_group(conv, tp.prune_conv_out_channels, idxs=pruned).prune()
 
+    for bn in bn_layers(model):
+        bn.eps, bn.momentum = 0.01, 0.3
+    kept = {(bn.eps, bn.momentum) for bn in bn_layers(slim(model, plan))}
+    assert kept == {(0.01, 0.3)}
     expected, slimmed = reference.state_dict(), slim(model, plan).state_dict()
     assert slimmed.keys() == expected.keys()
     for name, value in expected.items():

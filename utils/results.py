@@ -142,7 +142,8 @@ def tables(results: dict) -> dict[str, pd.DataFrame]:
 def report(folder: str | Path) -> str:
     """What the notebooks found, as tables in Markdown; what is missing or foreign is said."""
     results = read(folder)
-    run_id = results.get(NOTEBOOKS[0], {}).get("run")
+    # A run that cuts what another trained (save_as) has no section of the first notebook.
+    run_id = next((results[name].get("run") for name in NOTEBOOKS if name in results), None)
     said = []
     for name in NOTEBOOKS:
         why = foreign(results, name, run_id) if name in results else "has not run"

@@ -117,7 +117,8 @@ def begin(profile: Profile, data: ImageData, device: torch.device | str) -> Run:
         "train": len(data.train_labels),
         "test": len(data.test_labels),
     }
-    run = Run(profile, images, describe_machine(device), datetime.date.today().isoformat())
+    now = datetime.datetime.now().isoformat(" ", timespec="seconds")
+    run = Run(profile, images, describe_machine(device), now)
     if before:
         _require_same(run, before, file)
         if run.id == before.id:
@@ -133,11 +134,7 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     They are kept with the run, for the notebooks that follow. `save_as` gives what follows to a run
     of its own, which cuts the same trained networks. Raises RunError if there is no such run.
     """
-    if name is None:
-        note = Path(os.environ.get("LAB_LAST_RUN") or LAST_RUN)
-        if not note.exists():
-            raise RunError(f"no run yet ({note.resolve()} is missing): run sparsity_train.ipynb")
-        name = note.read_text("utf-8").strip()
+    name = name or last_run()
     file = Path("checkpoints") / name / "run.json"
     if not file.exists():
         known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
@@ -157,6 +154,14 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     if changes:
         _write(run)
     return _last(run)
+
+
+def last_run() -> str:
+    """The name of the run that a notebook was last run for. Raises RunError if there is none."""
+    note = Path(os.environ.get("LAB_LAST_RUN") or LAST_RUN)
+    if not note.exists():
+        raise RunError(f"no run yet ({note.resolve()} is missing): run sparsity_train.ipynb")
+    return note.read_text("utf-8").strip()
 
 
 def _write(run: Run) -> None:
@@ -185,8 +190,7 @@ def _read(file: Path) -> Run:
 
 def _last(run: Run) -> Run:
     """Remember `run` for the notebook that is opened next."""
-    note = Path(os.environ.get("LAB_LAST_RUN") or LAST_RUN)
-    write_whole(note, f"{run.name}\n".encode())
+    write_whole(os.environ.get("LAB_LAST_RUN") or LAST_RUN, f"{run.name}\n".encode())
     return run
 
 
