@@ -2,15 +2,18 @@
 
     .venv/bin/python -m benchmarks.latency           # a few minutes on one thread
 
-The networks have random weights, which take as long as trained ones. All take turns, in every form,
-so that a busy moment hits them all; a time is the median. The absolute times hold for one machine.
+The networks have random weights, which take as long as trained ones. All take turns, in every form;
+a time is the median of the seconds that the one thread itself computed, so that other work on the
+machine does not count. The absolute times hold for one machine.
 """
 
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -42,11 +45,8 @@ NETWORKS = {
 BATCH_SIZES = (1, 256)
 
 
-def forms(model: VGG, folder: Path, batch: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Each way to run `model` on `batch`: eager float32 and bfloat16, ONNX Runtime's two."""
-    path, path8 = folder / "network.onnx", folder / "network_int8.onnx"
-    export_onnx(model, path)
-    quantize_int8(path, [(torch.randn(64, 3, 32, 32), None)], path8)
+def forms(model: VGG, path: Path, batch: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Each way to run `model`, or its files at `path`, on `batch`."""
 
     def eager(dtype: torch.dtype) -> Callable[[], object]:
         folded = fold_bn(model).to(dtype, memory_format=torch.channels_last)
@@ -57,22 +57,34 @@ def forms(model: VGG, folder: Path, batch: torch.Tensor) -> dict[str, Callable[[
         "eager float32": eager(torch.float32),
         "eager bfloat16": eager(torch.bfloat16),
         "ONNX Runtime float32": partial(logits, session(path), batch.numpy()),
-        "ONNX Runtime int8": partial(logits, session(path8), batch.numpy()),
+        "ONNX Runtime int8": partial(logits, session(int8(path)), batch.numpy()),
     }
 
 
-def measure(batch_size: int, rounds: int) -> list[dict]:
+def int8(path: Path) -> Path:
+    return path.with_suffix(".int8.onnx")
+
+
+def export(models: dict[str, VGG], folder: Path) -> dict[str, Path]:
+    """Each network as two files; the path is that of the float32 one."""
+    paths = {name: folder / f"{k}.onnx" for k, name in enumerate(models)}
+    for name, path in paths.items():
+        export_onnx(models[name], path)
+        quantize_int8(path, [(torch.randn(64, 3, 32, 32), None)], int8(path))
+    return paths
+
+
+def measure(
+    models: dict[str, VGG], paths: dict[str, Path], batch_size: int, rounds: int
+) -> list[dict]:
     """One row for each network and form."""
-    torch.manual_seed(1)
     batch = torch.randn(batch_size, 3, 32, 32)
-    models = {name: VGG(cfg) for name, cfg in NETWORKS.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        steps = {
-            (name, form): step
-            for name, model in models.items()
-            for form, step in forms(model, Path(folder), batch).items()
-        }
-    times = take_turns(steps, rounds=rounds)
+    steps = {
+        (name, form): step
+        for name, model in models.items()
+        for form, step in forms(model, paths[name], batch).items()
+    }
+    times = take_turns(steps, rounds=rounds, timer=time.thread_time)
     plain = times["dense", "eager float32"].median
     return [
         {
@@ -80,11 +92,11 @@ def measure(batch_size: int, rounds: int) -> list[dict]:
             "MACs (M)": round(macs(models[name]) / 1e6, 1),
             "form": form,
             "batch": batch_size,
-            "ms": round(1e3 * time.median, 3),
-            "IQR (ms)": round(1e3 * time.iqr, 3),
-            "times faster than dense eager float32": round(plain / time.median, 1),
+            "ms": round(1e3 * taken.median, 3),
+            "IQR (ms)": round(1e3 * taken.iqr, 3),
+            "times faster than dense eager float32": round(plain / taken.median, 1),
         }
-        for (name, form), time in times.items()
+        for (name, form), taken in times.items()
     ]
 
 
@@ -94,12 +106,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/latency_cpu.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for size in BATCH_SIZES for row in measure(size, options.rounds)]
+    torch.manual_seed(1)
+    models = {name: VGG(cfg) for name, cfg in NETWORKS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = export(models, Path(folder))
+        rows = [row for size in BATCH_SIZES for row in measure(models, paths, size, options.rounds)]
     table = pd.DataFrame(rows).pivot(
-        index=["batch", "network", "MACs (M)"], columns="form", values="ms"
+        index=["batch", "MACs (M)", "network"], columns="form", values="ms"
     )
     print(table.to_string())
-    report = {"machine": describe_machine("cpu"), "rounds": options.rounds, "latency": rows}
+    report = {
+        "machine": describe_machine("cpu") | {"onnxruntime": version("onnxruntime")},
+        "clock": "seconds computed by the one thread (time.thread_time)",
+        "rounds": options.rounds,
+        "latency": rows,
+    }
     options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -193,10 +194,12 @@ def take_turns(
     num_threads: int = 1,
     rounds: int = 3,
     min_run_time: float = 0.3,
+    timer: Callable[[], float] = perf_counter,
 ) -> dict[str, "Measurement"]:
     """Seconds of each step, with `.median` and `.iqr`; in turns, so a busy moment hits them all.
 
     `num_threads` are torch's; a session has its own. A turn takes about `min_run_time` seconds.
+    `timer` is the clock; on a busy machine time.thread_time counts one thread's own work alone.
     """
     from torch.utils.benchmark import Measurement, Timer
 
@@ -204,8 +207,8 @@ def take_turns(
     for _ in range(rounds):
         for name, step in steps.items():
             step()  # until now the caches were another's
-            timer = Timer("step()", globals={"step": step}, num_threads=num_threads)
-            taken[name].append(timer.blocked_autorange(min_run_time=min_run_time))
+            turn = Timer("step()", timer=timer, globals={"step": step}, num_threads=num_threads)
+            taken[name].append(turn.blocked_autorange(min_run_time=min_run_time))
     return {name: next(iter(Measurement.merge(m))) for name, m in taken.items()}
 
 
