@@ -2,15 +2,21 @@
 
 import copy
 import io
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.benchmark import Measurement, Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.vgg import VGG
+
+# On a machine with a CUDA toolkit but no GPU, importing Timer warns of what nothing here uses.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: "No CUDA runtime is found" not in record.getMessage()
+)
+from torch.utils.benchmark import Measurement, Timer  # noqa: E402
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -41,10 +47,9 @@ def file_size(model: nn.Module) -> int:
 def fold_bn(model: VGG) -> VGG:
     """A copy for inference: each BN merged into the convolution before it."""
     folded = copy.deepcopy(model).eval()
-    for i, layer in enumerate(folded.feature):
-        if isinstance(layer, nn.BatchNorm2d):
-            folded.feature[i - 1] = fuse_conv_bn_eval(folded.feature[i - 1], layer)
-            folded.feature[i] = nn.Identity()
+    fused = {conv: fuse_conv_bn_eval(conv, bn) for conv, bn in folded.blocks()}
+    layers = (fused.get(m, m) for m in folded.feature if not isinstance(m, nn.BatchNorm2d))
+    folded.feature = nn.Sequential(*layers)
     return folded
 
 
