@@ -66,7 +66,7 @@ def choose_engine(model: nn.Module, data: ImageData, profile: Profile) -> Engine
 
 
 def make_step(model: nn.Module, profile: Profile, engine: Engine, **options) -> TrainStep:
-    """The training step of `model` as `engine` computes it; `options` are those of TrainStep."""
+    """The training step of `model`, as `engine` computes it; `options` are those of TrainStep."""
     kind = GraphedStep if engine.graph else TrainStep
     return kind(model, profile, engine.precision, **options)
 
