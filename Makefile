@@ -12,7 +12,7 @@
 # make clean-checkpoints  remove the checkpoints of every run, after a question
 #
 # PROFILE=quick|laptop|cifar10|paper   LAB_DATA=a folder of images   LAB_EPOCHS=10   RUN=a name
-# Without PROFILE it is cifar10 where there is a CUDA GPU, and quick where there is none.
+# Without PROFILE it is quick, whose images need no network.
 
 PYTHON ?= python3
 BIN    := .venv/bin

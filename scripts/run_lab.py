@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from utils.config import PROFILES, default_profile, get_profile
+from utils.config import PROFILES, get_profile
 from utils.results import NOTEBOOKS, report, write_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,7 @@ def run_all(profile: str) -> Path:
     Exits with the cell's own error if one fails.
     """
     os.environ["LAB_PROFILE"] = profile
+    os.environ.setdefault("LAB_CWD", os.getcwd())  # where LAB_DATA was typed
     folder = ROOT / "figures" / get_profile(profile).name
     with tempfile.TemporaryDirectory() as temporary:
         # The notebooks pass the run on in a file of this process's own: others may run meanwhile.
@@ -78,8 +79,9 @@ def run_all(profile: str) -> Path:
 def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # λ and γ, on Windows too
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", choices=PROFILES, help="default: quick, on a GPU cifar10")
-    profile = parser.parse_args().profile or default_profile()[0]
+    default = os.environ.get("LAB_PROFILE") or "quick"  # whose images need no network
+    parser.add_argument("--profile", default=default, choices=PROFILES)
+    profile = parser.parse_args().profile
     began = time.monotonic()
     folder = run_all(profile)
     write_page(folder)

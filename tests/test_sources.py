@@ -262,6 +262,14 @@ def _broken(file, content):
     return break_it
 
 
+def _a_second_page_without_a_width(_):  # Pillow's error is a TypeError
+    page = Image.new("RGB", (32, 32))
+    with io.BytesIO() as file:
+        page.save(file, "TIFF", save_all=True, append_images=[page])
+        head, width, rest = file.getvalue().rpartition(b"\x00\x01\x04\x00")
+        return head + b"\xff" + width[1:] + rest
+
+
 def _empty_class(folder):
     for file in (folder / "train" / "猫").iterdir():
         file.rename(file.with_suffix(".gone"))
@@ -293,7 +301,7 @@ SPOILS = {
     "cut JPEG": _broken("0 ä.jpg", lambda jpeg: jpeg[:-200]),
     "empty file": _broken("1 ä.png", lambda _: b""),
     "HTML": _broken("1 ä.png", lambda _: HTML),
-    "TIFF without a size": _broken("1 ä.png", lambda _: b"II*\0\x08\0\0\0\0\0\0\0\0\0"),
+    "broken second page": _broken("1 ä.png", _a_second_page_without_a_width),
     "empty class": _empty_class,
     "a class of train alone": _moved("test/猫", "猫"),
     "a class of test alone": _moved("train/猫", "猫"),

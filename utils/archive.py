@@ -83,10 +83,7 @@ def _why_no_archive(file: io.BufferedIOBase) -> Unreadable:
 
 def _why_unsafe(archive: zipfile.ZipFile, error: Exception) -> Unreadable:
     """Why a sound archive is not one of plain values and tensors, as `error` found out."""
-    names = archive.namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        return Unreadable("is a TorchScript program, which is code", SAVE_ANEW)
-    for name in names:
+    for name in archive.namelist():
         if name.endswith("data.pkl") and (special := _special(io.BytesIO(archive.read(name)))):
             return special
     # Only the first sentence: torch goes on to recommend a load that runs code.
@@ -153,7 +150,7 @@ def is_finite(value: object) -> bool:
 
 
 def check_tensor(name: str, value: object, expected: Tensor) -> None:
-    """Raise Unreadable unless `value` is a plain, finite tensor like `expected` in shape and type."""
+    """Raise Unreadable unless `value` is a plain, finite tensor of `expected`'s shape and type."""
     if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.is_nested:
         raise Unreadable(f"has no readable tensor for {name}")
     if (

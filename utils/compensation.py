@@ -26,7 +26,8 @@ def absorb_bias(model: VGG, plan: PruningPlan) -> VGG:
     with torch.no_grad():
         for (conv, bn), (_, absorbed_bn), keep in walk:
             absorbed_bn.running_mean -= conv.weight.sum((2, 3)) @ constant
-            constant = bn.bias.relu().masked_fill(keep.to(bn.bias.device), 0)
+            constant = bn.bias.relu()
+            constant[keep] = 0
         absorbed.classifier.bias += model.classifier.weight @ constant
     return absorbed
 

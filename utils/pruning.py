@@ -64,10 +64,8 @@ def _number(field: str, value: object) -> float:
 
 def largest_ratio(model: VGG, min_channels: int = 1) -> float:
     """The largest pruning ratio for which each layer can keep its floor of `min_channels`."""
-    floor, widths = (
-        _number("min_channels", min_channels),
-        [bn.num_features for _, bn in model.blocks()],
-    )
+    floor = _number("min_channels", min_channels)
+    widths = [bn.num_features for _, bn in model.blocks()]
     return 1 - sum(min(width, floor) for width in widths) / sum(widths)
 
 
@@ -98,25 +96,20 @@ def _plan_by_ratio(model: VGG, pruning_ratio: float, floor: int) -> PruningPlan:
     gamma = torch.cat(gammas)
     if not gamma.isfinite().all():
         raise ValueError("the network has scaling factors γ that are not finite; it has diverged")
-    order = gamma.argsort(stable=True)  # ascending, ties in forward order
+    ordered, order = gamma.sort(stable=True)  # ascending, ties in forward order
     beside_floor = torch.cat([g.argsort(stable=True).argsort() < len(g) - floor for g in gammas])
-    prunable = order[beside_floor[order]]
+    prunable = beside_floor[order].nonzero().flatten()  # places in that order
     count = round(len(gamma) * pruning_ratio)
     if count > len(prunable):
-        spare = f"min_channels = {floor} spares only {len(prunable)} of {len(gamma)} channels"
-        raise ValueError(
-            f"pruning_ratio = {pruning_ratio}: {spare}, not {count}; lower one of them"
-        )
+        most = f"min_channels = {floor} lets only {len(prunable)} of {len(gamma)} channels go"
+        raise ValueError(f"pruning_ratio = {pruning_ratio}: {most}, not {count}; lower either")
     keep = torch.ones_like(gamma, dtype=torch.bool)
-    keep[prunable[:count]] = False
+    keep[order[prunable[:count]]] = False
     cfg_mask = list(keep.split([len(g) for g in gammas]))
     widths = iter(int(m.sum()) for m in cfg_mask)
     cfg = [v if v == "M" else next(widths) for v in model.cfg]
-    threshold = 0.0
-    if count:  # halfway between the largest |γ| that goes and the next larger that stays
-        last = gamma[~keep].max()
-        larger = gamma[keep & (gamma >= last)]
-        threshold = ((last + larger.min()) / 2 if len(larger) else last).item()
+    # Halfway between the last |γ| that goes and the next one, which stays.
+    threshold = ordered[prunable[count - 1] :][:2].mean().item() if count else 0.0
     mass_cut = (gamma[~keep].double().sum() / gamma.double().sum()).nan_to_num().item()
     return PruningPlan(pruning_ratio, threshold, cfg, cfg_mask, mass_cut)
 
@@ -153,8 +146,7 @@ def mask(model: VGG, plan: PruningPlan) -> VGG:
     masked = copy.deepcopy(model)
     with torch.no_grad():
         for (_, bn), keep in zip(masked.blocks(), plan.cfg_mask, strict=True):
-            pruned = ~keep.to(bn.weight.device)
-            bn.weight[pruned] = bn.bias[pruned] = 0
+            bn.weight[~keep] = bn.bias[~keep] = 0
     return masked
 
 
@@ -170,12 +162,12 @@ def slim(model: VGG, plan: PruningPlan) -> VGG:
     with torch.device("meta"):  # no memory and no random numbers: every weight is copied below
         slimmed = VGG(plan.cfg, num_classes=model.classifier.out_features)
     slimmed = slimmed.to(reference.dtype).to_empty(device=reference.device).train(model.training)
-    in_idx = torch.arange(3, device=reference.device)  # the colour channels all stay
+    in_idx = torch.arange(3)  # the colour channels all stay
     pairs = zip(model.blocks(), slimmed.blocks(), plan.cfg_mask, strict=True)
     with torch.no_grad():
         for (conv, bn), (new_conv, new_bn), keep in pairs:
             # Index tensors keep both axes even where one channel is left.
-            out_idx = keep.nonzero().flatten().to(reference.device)
+            out_idx = keep.nonzero().flatten()
             new_conv.weight.copy_(conv.weight[out_idx][:, in_idx])
             new_conv.padding_mode = conv.padding_mode
             for name in ("weight", "bias", "running_mean", "running_var"):

@@ -14,7 +14,7 @@ import torch
 
 from models.vgg import VGG
 from utils.checkpoint import Checkpoint, load, save
-from utils.compensation import Batches, slim_repaired
+from utils.compensation import slim_repaired
 from utils.config import Profile
 from utils.data import ImageData
 from utils.pruning import PruningPlan, plan_pruning
@@ -200,7 +200,7 @@ def _slim_file(run: Run, ratio: float) -> Path:
     return run.checkpoints / f"slim_{ratio:g}.pt"
 
 
-def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan, calibration: Batches) -> VGG:
+def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan, calibration: list) -> VGG:
     """`network` cut by `plan` and repaired. Kept in a file, so that what is trained afterwards goes
     on from the very same bits, on another machine too."""
     source = weights_digest(network)

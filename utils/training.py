@@ -156,7 +156,7 @@ def _loop(
 ) -> None:
     """The epochs that `history` lacks; each is appended to it, printed, and saved when due."""
     saved, saved_at = len(history), time.monotonic()
-    batches = data.number_of_batches(profile.batch_size)
+    batches = len(data.train_batch_sizes(profile.batch_size))
     bar = tqdm(
         desc=label,
         total=profile.epochs * batches,
