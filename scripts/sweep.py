@@ -7,6 +7,7 @@ figures/<profile>_sweep/: results.csv, three figures, README.md.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -92,7 +93,7 @@ def forecast(tasks: list[Task], data: ImageData, workers: int) -> str:
     return (
         f"λ {_listed(profile.l1_lambdas)} · pruning ratios {_listed(profile.pruning_ratios)} · "
         f"seeds {_listed(seeds)}\n{markdown(pd.DataFrame(rows).set_index('task'))}\n"
-        f"at most {minutes:.0f} minutes with {workers} worker(s) (a slim network takes less)\n"
+        f"at most {math.ceil(minutes)} min with {workers} worker(s) (a slim network takes less)\n"
     )
 
 
@@ -109,21 +110,16 @@ def collect(runs: list[Run], hand_out: HandOut, folder: Path) -> None:
     """Do what is missing; results.csv in `folder` grows as the rows come."""
     tasks = planned(runs)
     rows = [row for task in tasks if (row := finished(task))]
-    epochs = {bool(task.pruning_ratio): _epochs(task) for task in tasks}
-    total, done = (
-        sum(epochs[bool(x)] for x in ratios)
-        for ratios in (
-            [task.pruning_ratio for task in tasks],
-            [row["pruning_ratio"] for row in rows],
-        )
-    )
+    epochs = {task.pruning_ratio: _epochs(task) for task in tasks}
+    total = sum(epochs[task.pruning_ratio] for task in tasks)
+    done = sum(epochs[row["pruning_ratio"]] for row in rows)
     written = time.monotonic()
     # smoothing: the time left from the mean speed
     with tqdm(total=total, initial=done, unit="epoch", smoothing=0) as bar:
         for row in missing_rows(runs, hand_out):
             rows.append(row)
             bar.set_description(f"{len(rows)} of {len(tasks)} networks")
-            bar.update(epochs[bool(row["pruning_ratio"])])
+            bar.update(epochs[row["pruning_ratio"]])
             if time.monotonic() - written > 1:
                 write_table(rows, folder / TABLE)
                 written = time.monotonic()
@@ -133,10 +129,10 @@ def collect(runs: list[Run], hand_out: HandOut, folder: Path) -> None:
 def sweep(profiles: list[Profile], cluster: str = "") -> Path:
     """Do what is missing, write the table and the page; the folder where they are."""
     torch.set_num_threads(1)  # as in the workers: what is forecast here is true for them
-    data = load_data(profiles[0].data).to(pick_device())
-    runs = [begin_run(profile, data) for profile in profiles]
     folder = Path("figures") / profiles[0].name.rsplit("_seed_", 1)[0]
-    with hands(cluster, runs[0].checkpoints / "run.json") as (hand_out, workers):
+    with hands(cluster) as (hand_out, workers):
+        data = load_data(profiles[0].data).to(pick_device())
+        runs = [begin_run(profile, data) for profile in profiles]
         print(forecast(planned(runs), data, workers))
         collect(runs, hand_out, folder)
     write_page(folder, runs[0])

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from utils.files import write_whole
 from utils.plots import save
@@ -83,12 +84,15 @@ def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
     points = means.agg(macs=("macs", "mean"), mean=("accuracy", "mean"), std=("accuracy", _std))
     for k, (l1_lambda, line) in enumerate(points.groupby(level="l1_lambda")):
         dense = line.index.get_level_values("pruning_ratio") == 0
-        color = f"C{k}"
-        for part, style in ((line[~dense], "o-"), (line[dense], "D")):
+        for part, style, label in (
+            (line[~dense], "o-", f"λ = {l1_lambda:g}"),
+            (line[dense], "D", None),
+        ):
             ax.errorbar(
-                part["macs"] / 1e6, part["mean"], part["std"], fmt=style, color=color, capsize=3,
-                label=f"λ = {l1_lambda:g}" + ", dense" * (style == "D"),
+                part["macs"] / 1e6, part["mean"], part["std"], fmt=style, color=f"C{k}", capsize=3,
+                label=label,
             )  # fmt: skip
+    ax.plot([], [], "D", color="gray", label="dense")
     best = points.sort_values(["macs", "mean"], ascending=[True, False])
     front = best[best["mean"] > best["mean"].cummax().shift(fill_value=-np.inf)]
     ax.plot(
@@ -96,6 +100,9 @@ def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
         label="Pareto front",
     )  # fmt: skip
     ax.set(xscale="log", xlabel="MACs of one image (million, log scale)")
+    ax.xaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=""
+    )
     ax.set(ylabel="test accuracy (%)", title=f"Accuracy against work: {data}")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -123,11 +130,12 @@ def sparsity_against_lambda(table: pd.DataFrame, data: str) -> Figure:
     """Share of channels with |γ| near 0 in the trained networks, and their test accuracy."""
     figure, (ax,) = _panels(1, width=6, height=3.8)
     dense = table[table["pruning_ratio"] == 0].assign(sparsity=lambda t: 100 * t["sparsity"])
-    _mean_line(ax, dense, "l1_lambda", "sparsity", label="sparsity (% of the channels)")
-    _mean_line(ax, dense, "l1_lambda", "trained_accuracy", label="test accuracy (%)")
-    positive = dense["l1_lambda"][dense["l1_lambda"] > 0]
-    ax.set_xscale("symlog", linthresh=positive.min() if len(positive) else 1)  # λ = 0 has a place
-    ax.set(xlabel="λ (log scale)", ylabel="%", ylim=(0, 103), title=f"What λ does: {data}")
+    dense["λ"] = dense["l1_lambda"].rank(method="dense")  # evenly spaced, 0 beside the smallest
+    _mean_line(ax, dense, "λ", "sparsity", label="sparsity (% of the channels)")
+    _mean_line(ax, dense, "λ", "trained_accuracy", label="test accuracy (%)")
+    ticks = dense.drop_duplicates("λ")
+    ax.set_xticks(ticks["λ"], ticks["l1_lambda"].map("{:g}".format))
+    ax.set(xlabel="λ", ylabel="%", ylim=(0, 103), title=f"What λ does: {data}")
     ax.legend()
     return figure
 

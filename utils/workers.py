@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import joblib
 import torch
 
+from utils.files import write_whole
 from utils.sweeps import HandOut, Task, do
 
+KILLED = "its worker was killed again and again: is memory short?"
 GIVE_UP = 3
-"""Times in a row that workers may be killed with nothing done in between."""
+"""Times in a row that a worker may be killed, with nothing done in between."""
 
 
 class SweepError(Exception):
@@ -21,10 +24,10 @@ class SweepError(Exception):
 
 
 @contextlib.contextmanager
-def hands(cluster: str, shared_file: Path) -> Iterator[tuple[HandOut, int]]:
+def hands(cluster: str) -> Iterator[tuple[HandOut, int]]:
     """Who does the tasks, and how many workers that are: this machine's cores, or a cluster's.
 
-    `cluster`: the address of a Dask scheduler, or "". Raises SweepError as the functions below.
+    `cluster`: the address of a Dask scheduler, or "". Raises SweepError if that can't be used.
     """
     if not cluster:
         # A GPU is busy with one.
@@ -32,7 +35,7 @@ def hands(cluster: str, shared_file: Path) -> Iterator[tuple[HandOut, int]]:
         yield functools.partial(on_this_machine, workers=workers), workers
         return
     with connect(cluster) as client:
-        workers = check_workers(client, cluster, shared_file)
+        workers = check_workers(client, cluster)
         yield functools.partial(on_cluster, client), workers
 
 
@@ -41,25 +44,26 @@ def on_this_machine(
 ) -> Iterator[dict]:
     """The rows of `tasks`, as they come, from processes of joblib's.
 
-    Raises SweepError if workers are killed again and again.
+    If a worker is killed, what was under way is done again. After GIVE_UP times in a row the tasks
+    go one by one, and the one whose worker is killed then is given up: its row says so.
     """
     waiting, killed = dict(enumerate(tasks)), 0
     while waiting:
         pool = joblib.Parallel(workers, batch_size=1, return_as="generator_unordered")
-        jobs = [joblib.delayed(_numbered)(k, call, task) for k, task in waiting.items()]
+        chosen = list(waiting.items())[: 1 if killed == GIVE_UP else None]
         try:
-            for k, row in pool(jobs):
+            for k, row in pool(joblib.delayed(_numbered)(k, call, task) for k, task in chosen):
                 del waiting[k]
                 killed = 0
                 yield row
-        except BrokenProcessPool as error:
-            killed += 1
+        except BrokenProcessPool:
             if killed == GIVE_UP:
-                raise SweepError(
-                    f"workers were killed {killed} times in a row ({error}). If memory is short, "
-                    "set LOKY_MAX_CPU_COUNT=1 for fewer of them, and run again: what is done stays"
-                ) from None
-            print("\na worker was killed: its task is done again", file=sys.stderr)
+                killed = 0
+                lost = waiting.pop(chosen[0][0])
+                yield lost.row(reason=KILLED)
+            else:
+                killed += 1
+                print("\na worker was killed: its task is done again", file=sys.stderr)
 
 
 def _numbered(k: int, call: Callable[[Task], dict], task: Task) -> tuple[int, dict]:
@@ -84,11 +88,13 @@ def connect(address: str):
         ) from None
 
 
-def check_workers(client, address: str, shared_file: Path) -> int:
+def check_workers(client, address: str) -> int:
     """How many workers there are. Raises SweepError if there is none, or one that has several
-    threads or does not find `shared_file`, as it does where it works in this folder."""
-    text = shared_file.read_text("utf-8")
-    found = client.run(Path.read_text, shared_file, "utf-8", on_error="return")
+    threads or does not work in this folder: it does not find a file that is written here."""
+    note, text = Path("checkpoints/shared_folder.txt"), uuid.uuid4().hex
+    write_whole(note, text.encode())
+    found = client.run(Path.read_text, note, on_error="return")
+    note.unlink()
     threads = client.nthreads()
     wrong = [f"{worker} does not work in this folder" for worker, t in found.items() if t != text]
     wrong += [f"{worker} has {n} threads" for worker, n in threads.items() if n > 1]
