@@ -23,7 +23,7 @@ HANDED_OUT = (
     "models/*.py", "utils/*.py", "requirements.txt", "LICENSE", "docs/report_*",
     "scripts/__init__.py", "scripts/run_lab.py", "scripts/hand_in.py",
 )  # fmt: skip
-REGION = re.compile(r"( *)### BEGIN SOLUTION\n(.*?)### END SOLUTION(?:\n|$)", re.DOTALL)
+REGION = re.compile(r"( *)### BEGIN SOLUTION\n(.*?) *### END SOLUTION(?:\n|$)", re.DOTALL)
 HIDDEN = re.compile(r"\n### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS", re.DOTALL)
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()\n"
 
