@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import cfgs, seeds
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import cfgs, seeds
 from torch import nn
 from torch.optim.swa_utils import update_bn
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
-from conftest import cfgs, seeds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import cfgs, seeds
 from torch import nn
 
 from models.vgg import VGG

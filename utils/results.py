@@ -53,9 +53,9 @@ def record(run: Run, notebook: str, values: dict, device: torch.device | str) ->
             "machine": describe_machine(device),
             **values,
         }
-        if notebook == NOTEBOOKS[2]:
-            results[notebook]["cut"] = _cut(results)
         for other in NOTEBOOKS:
+            if other == NOTEBOOKS[2] == notebook:
+                results[notebook]["cut"] = _cut(results)
             if other in results and (why := foreign(results, other, run.id)):
                 print(f"{path}: {other}.ipynb {why}: its old results are left out, run it again")
                 del results[other]
@@ -142,7 +142,8 @@ def tables(results: dict) -> dict[str, pd.DataFrame]:
 def report(folder: str | Path) -> str:
     """What the notebooks found, as tables in Markdown; what is missing or foreign is said."""
     results = read(folder)
-    run_id = results.get(NOTEBOOKS[0], {}).get("run")
+    # A run that cuts what another trained (save_as) has no section of the first notebook.
+    run_id = next((results[name].get("run") for name in NOTEBOOKS if name in results), None)
     said = []
     for name in NOTEBOOKS:
         why = foreign(results, name, run_id) if name in results else "has not run"

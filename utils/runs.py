@@ -108,8 +108,11 @@ def begin(
     if one of this name was begun with other settings or images. (λ's may be added or left out: each
     has a file of its own.)
     """
-    if profile.precision == "auto":
-        profile = dataclasses.replace(profile, precision=fast_precision(device))
+    file = Path("checkpoints") / profile.name / "run.json"
+    before = _read(file) if file.exists() else None
+    if profile.precision == "auto":  # decided once: on other hardware a run goes on as it began
+        decided = before.profile.precision if before else fast_precision(device)
+        profile = dataclasses.replace(profile, precision=decided)
     images = {
         "name": data.name,
         "digest": data.digest,
@@ -119,9 +122,7 @@ def begin(
     }
     now = datetime.datetime.now().isoformat(" ", timespec="seconds")
     run = Run(profile, images, describe_machine(device), now)
-    file = run.checkpoints / "run.json"
-    if file.exists():
-        before = _read(file)
+    if before:
         _require_same(run, before, file)
         if run.id == before.id:
             return _last(before) if remember else before
@@ -149,6 +150,9 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     if save_as and save_as != run.name:
         changes["name"] = save_as
         run = dataclasses.replace(run, trained_in=run.trained_in or run.name)
+        file = Path("checkpoints") / save_as / "run.json"
+        if file.exists() and (_read(file).trained_in, _read(file).id) != (run.trained_in, run.id):
+            raise RunError(f"save_as = {save_as!r}: a run of other networks is there; name another")
     run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, **changes))
     if changes:
         _write(run)
@@ -177,6 +181,8 @@ def _read(file: Path) -> Run:
         run = Run(Profile(**content["profile"]), **rest)
         if run.id != content["id"]:
             raise ValueError("its id does not fit its settings")
+        if run.name != file.parent.name:
+            raise ValueError(f"it is of the run {run.name!r}, so the folder has to be called that")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{file.resolve()}: not readable ({error}). It says what the checkpoints beside it "
