@@ -99,11 +99,14 @@ class Run:
         return pd.Series(values, name="value").to_frame()
 
 
-def begin(profile: Profile, data: ImageData, device: torch.device | str) -> Run:
+def begin(
+    profile: Profile, data: ImageData, device: torch.device | str, *, remember: bool = True
+) -> Run:
     """The run that `profile` names: a new one is written down, one that is there goes on.
 
-    Raises RunError, naming every difference, if one of this name was begun with other settings or
-    images. (λ's may be added or left out: each has a file of its own.)
+    `remember`: as the one that the notebooks open next. Raises RunError, naming every difference,
+    if one of this name was begun with other settings or images. (λ's may be added or left out: each
+    has a file of its own.)
     """
     file = Path("checkpoints") / profile.name / "run.json"
     before = _read(file) if file.exists() else None
@@ -122,9 +125,9 @@ def begin(profile: Profile, data: ImageData, device: torch.device | str) -> Run:
     if before:
         _require_same(run, before, file)
         if run.id == before.id:
-            return _last(before)
+            return _last(before) if remember else before
     _write(run)
-    return _last(run)
+    return _last(run) if remember else run
 
 
 def open_run(name: str | None = None, *, save_as: str | None = None, **decided) -> Run:
