@@ -4,11 +4,15 @@
 
 The networks have random weights, which take as long as trained ones. All take turns, in every form;
 a time is the median of the seconds that the one thread itself computed, so that other work on the
-machine does not count. The absolute times hold for one machine.
+machine does not count (what it takes from the caches does). The absolute times hold for one machine.
+
+Widths in 16s made the 90 % network 1.6 to 2.2 times faster in ONNX Runtime, with 8 % fewer MACs: its
+kernels take 16 channels at a time. What that does to the accuracy has not been tried.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,6 +122,7 @@ def main() -> None:
     report = {
         "machine": describe_machine("cpu") | {"onnxruntime": version("onnxruntime")},
         "clock": "seconds computed by the one thread (time.thread_time)",
+        "load average": round(os.getloadavg()[0], 1),
         "rounds": options.rounds,
         "latency": rows,
     }
