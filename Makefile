@@ -1,29 +1,57 @@
-# make lab        the three notebooks, top to bottom   (PROFILE=quick|laptop|cifar10|paper)
-# make cifar10    the same as make lab PROFILE=cifar10: the original lab's settings, for a GPU
+# make lab        the three notebooks, top to bottom
 # make notebook   open them in JupyterLab
 # make test       lint and tests
+# make handin     a run's report and archive, as the course asks for it  (STUDENT=RE6121011)
+# make check      look through archives that were handed in  (ZIP=a file or a folder)
+# make student    the notebooks with blanks to fill in, for teachers
+# make sweep      every λ at every ratio, with several seeds
 # make benchmark  how fast training is, against the plain loop
 # make soak       the reliability tests for hours
-# make clean      remove what runs have written (checkpoints included) and the environment
+# make coverage   the lines that no test runs
+# make clean      remove the environment, caches and figures of test runs
+# make clean-checkpoints  remove the checkpoints of every run, after a question
+#
+# PROFILE=quick|laptop|cifar10|paper   LAB_DATA=a folder of images   LAB_EPOCHS=10   RUN=a name
+# Without PROFILE it is quick, whose images need no network.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: lab cifar10 notebook test benchmark soak clean
+# What is typed goes before what the shell has inherited; LAB_DATA and LAB_EPOCHS make passes on.
+ifdef PROFILE
+export LAB_PROFILE := $(PROFILE)
+endif
+ifdef RUN
+export LAB_RUN := $(RUN)
+endif
+# $(call needed,ZIP): the value of ZIP, or an error that says how to give it.
+needed = $(or $($1),$(error $1 is missing: make $@ $1=…))
+
+.PHONY: lab notebook test handin check student sweep benchmark soak coverage
+.PHONY: clean clean-checkpoints
 
 lab: .venv/lab
-	$(BIN)/python run_lab.py --profile $(or $(PROFILE),$(LAB_PROFILE),quick)
-
-cifar10:
-	$(MAKE) lab PROFILE=cifar10
+	$(BIN)/python -m scripts.run_lab
 
 notebook: .venv/lab
-	LAB_PROFILE=$(or $(PROFILE),$(LAB_PROFILE)) $(BIN)/jupyter lab
+	$(BIN)/jupyter lab
 
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+handin: .venv/handin
+	$(BIN)/python -m scripts.hand_in "$(call needed,STUDENT)"
+
+check: .venv/lab
+	$(BIN)/python -m scripts.check "$(call needed,ZIP)"
+
+student: .venv/lab
+	$(BIN)/python -m scripts.student
+
+sweep: .venv/lab
+	$(BIN)/python -m scripts.sweep
 
 benchmark: .venv/lab
 	$(BIN)/python -m benchmarks.train_speed
@@ -31,15 +59,30 @@ benchmark: .venv/lab
 soak: .venv/dev
 	$(BIN)/python -m pytest -m reliability --soak
 
-# Each environment file is made anew when its requirements change.
+coverage: .venv/dev
+	$(BIN)/python -m pytest -q --cov=models --cov=utils --cov=scripts --cov-report=term-missing
+
+# Each environment file is made anew when one of its requirements files changes.
 .venv/lab: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet $(addprefix --requirement ,$^)
 	touch $@
 
 .venv/dev: requirements-dev.txt .venv/lab
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement $<
+	touch $@
+
+.venv/handin: requirements-handin.txt .venv/lab
+	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@
 
 clean:
-	rm -rf .venv checkpoints/*/ figures/quick .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage figures/smoke*
+	find models utils scripts tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Of a link only the link goes, not the folder that it points to.
+RUNS := find checkpoints -mindepth 1 -maxdepth 1 ! -name .gitkeep
+clean-checkpoints:
+	@$(RUNS) -exec du -sh {} +
+	@printf 'Remove all of these? (y/N) '; read -r answer; \
+	case "$$answer" in [yY]*) $(RUNS) -exec rm -rf {} + ;; *) echo 'Nothing was removed.' ;; esac

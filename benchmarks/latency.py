@@ -24,8 +24,8 @@ import pandas as pd
 import torch
 
 from models.vgg import VGG, VGG_CFGS
-from utils.cost import fold_bn, macs
-from utils.export import export_onnx, logits, quantize_int8, session, take_turns
+from utils.cost import fold_bn, macs, take_turns
+from utils.export import export_onnx, logits, quantize_int8, session
 from utils.machine import describe_machine
 
 SLIM_50 = [32, 32, "M", 64, 64, "M", *[128] * 4, "M", *[256] * 4, "M", *[256] * 4]
@@ -88,7 +88,7 @@ def measure(
         for name, model in models.items()
         for form, step in forms(model, paths[name], batch).items()
     }
-    times = take_turns(steps, rounds=rounds, timer=time.thread_time)
+    times = take_turns(steps, num_threads=1, rounds=rounds, timer=time.thread_time)
     plain = times["dense", "eager float32"].median
     return [
         {

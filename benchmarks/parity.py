@@ -17,8 +17,8 @@ import torch
 
 from models.vgg import VGG
 from utils.config import get_profile
-from utils.data import load_data
 from utils.machine import describe_machine, pick_device
+from utils.sources import load_data
 from utils.training import fit
 
 

@@ -26,7 +26,7 @@ from models.vgg import VGG
 from utils.config import Profile, get_profile
 from utils.cost import macs
 from utils.data import ImageData
-from utils.engine import Engine, TrainStep, choose_engine
+from utils.engine import Engine, choose_engine, make_step
 from utils.machine import describe_machine, pick_device
 from utils.pruning import plan_pruning, slim
 from utils.sparsity import bn_layers
@@ -124,7 +124,7 @@ def reference_steps(
 
 
 def our_steps(model: VGG, data: ImageData, profile: Profile, engine: Engine) -> Iterator[None]:
-    step = TrainStep(model, profile, engine, l1_lambda=L1_LAMBDA)
+    step = make_step(model, profile, engine, l1_lambda=L1_LAMBDA)
     for images, labels in our_batches(data, profile):
         step(images, labels)
         yield

@@ -1,6 +1,7 @@
 """The one network of the lab: VGG with batch norm for small images, dense or slim."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +32,16 @@ def check_cfg(cfg: list[int | str]) -> None:
 class VGG(nn.Module):
     """VGG with batch norm (Simonyan & Zisserman 2015) as Network Slimming uses it on CIFAR-10.
 
-    `cfg` gives the widths of a slim network; without it the dense `VGG_CFGS[depth]` is built.
+    `cfg` gives the widths of a slim network; without it the dense VGG-19 is built.
     Input: (batch, 3, height, width), 32×32 in this lab. Output: logits (batch, num_classes).
-    Raises ValueError for an unknown depth, a malformed cfg or num_classes < 1.
+    Raises ValueError for a malformed cfg or num_classes < 1.
 
     `feature` and `classifier` are the names of the original lab, so its checkpoints load.
     """
 
-    def __init__(
-        self, cfg: list[int | str] | None = None, *, depth: int = 19, num_classes: int = 10
-    ) -> None:
+    def __init__(self, cfg: list[int | str] | None = None, *, num_classes: int = 10) -> None:
         super().__init__()
-        if cfg is None:
-            if depth not in VGG_CFGS:
-                raise ValueError(f"depth = {depth!r}: must be one of {sorted(VGG_CFGS)}")
-            cfg = VGG_CFGS[depth]
+        cfg = VGG_CFGS[19] if cfg is None else cfg
         check_cfg(cfg)
         if num_classes < 1:
             raise ValueError(f"num_classes = {num_classes!r}: must be at least 1")
@@ -65,6 +61,10 @@ class VGG(nn.Module):
         self.feature = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, num_classes)
         self._initialize()
+
+    def blocks(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """Each convolution with its batch norm, in forward order: they share their channels."""
+        return [(m, bn) for m, bn in pairwise(self.feature) if isinstance(bn, nn.BatchNorm2d)]
 
     def _initialize(self) -> None:
         for m in self.modules():

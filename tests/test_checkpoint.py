@@ -1,35 +1,50 @@
-"""A checkpoint is written whole or not at all, and nothing in a file is trusted."""
+"""What was saved comes back, and nothing in a file is trusted. (Writing: test_files.py.)"""
 
 import contextlib
 import dataclasses
 import errno
 import io
+import math
 import os
 import pickle
 import random
 import resource
-import shutil
-import subprocess
-import tempfile
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import HTML, TINY_CFG, Trap, damage, interrupt_save, run, same, tiny_checkpoint
 
 from models.vgg import VGG
-from utils import checkpoint
-from utils.checkpoint import FORMAT, Checkpoint, CheckpointError, load, load_all, save
+from utils.checkpoint import FORMAT, Checkpoint, CheckpointError, load, save
 
-OLD, NEW = tiny_checkpoint(seed=1), tiny_checkpoint(seed=2)
+CFG = [3, 4, "M", 5]
+COLUMNS = ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "sparsity")
 
 
-def saved_bytes(content: Checkpoint) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder, "x.pt"), content)
-        return Path(folder, "x.pt").read_bytes()
+def tiny_model(seed: int = 0, cfg: list = CFG) -> VGG:
+    torch.manual_seed(seed)
+    return VGG(cfg, num_classes=3)
+
+
+def half_trained(seed: int) -> Checkpoint:
+    """A run of which two of three epochs are done."""
+    model = tiny_model(seed)
+    return Checkpoint(
+        kind="trained",
+        cfg=model.cfg,
+        state_dict=model.state_dict(),
+        settings={"lr": 0.1, "seed": seed, "epochs": 3, "data": ["a", ("b", None, True)]},
+        history={name: [1.5, 0.25 + seed] for name in COLUMNS},
+        optimizer={"momentum": [torch.randn_like(p) for p in model.parameters()], "scaler": {}},
+        results={"accuracy": 93.5},
+    )
+
+
+OLD, NEW = half_trained(seed=1), half_trained(seed=2)
+STATE = OLD.state_dict
 
 
 def as_dict(**changes) -> dict:
@@ -38,12 +53,38 @@ def as_dict(**changes) -> dict:
     return {"format": FORMAT, **fields} | changes
 
 
-def assert_refused(path: Path, *said: str) -> None:
+def saved_bytes(content: object, **options) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+WHOLE = saved_bytes(as_dict())
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the last bit, type by type, all the way down."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return same(vars(a), vars(b)) if dataclasses.is_dataclass(a) else a == b
+
+
+def assert_refused(path: Path, *said: str, kind: str | None = None, content: object = None) -> str:
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else saved_bytes(content))
     before = path.read_bytes()
     with pytest.raises(CheckpointError) as caught:
-        load(path)
-    assert all(part in str(caught.value) for part in (str(path), *said))
+        load(path, kind)
+    message = str(caught.value)
+    assert all(part in message for part in (str(path), *said)), message
     assert path.read_bytes() == before
+    return message
 
 
 # --- what was saved comes back -------------------------------------------------------------------
@@ -57,13 +98,15 @@ def test_what_was_saved_comes_back_to_the_last_bit(tmp_path, name):
     assert [f.name for f in (tmp_path / name).parent.iterdir()] == [Path(name).name]
 
 
-def test_equal_content_gives_equal_bytes():
-    assert saved_bytes(tiny_checkpoint(seed=1)) == saved_bytes(OLD) != saved_bytes(NEW)
+def test_equal_content_gives_equal_bytes(tmp_path):
+    for name, content in {"a": half_trained(1), "b": OLD, "c": NEW}.items():
+        save(tmp_path / name, content)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
 
 
 def test_the_model_of_a_checkpoint_computes_what_the_saved_one_did(tmp_path):
-    model = VGG(TINY_CFG, num_classes=7)
-    images = torch.randn(4, 3, 32, 32)
+    model, images = VGG(CFG, num_classes=7), torch.randn(4, 3, 32, 32)
     model(images)  # moves the running statistics
     save(tmp_path / "x.pt", Checkpoint("slim", model.cfg, model.state_dict()))
     found = load(tmp_path / "x.pt")
@@ -71,229 +114,132 @@ def test_the_model_of_a_checkpoint_computes_what_the_saved_one_did(tmp_path):
     assert torch.equal(found.model()(images), model.eval()(images))
 
 
-def test_a_file_of_the_original_lab_loads(tmp_path):
-    model = VGG(TINY_CFG)
-    state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    for name, content in {"new": model.state_dict(), "before torch 0.4.1": state}.items():
-        torch.save({"cfg": TINY_CFG, "state_dict": content}, tmp_path / name)
-        found = load(tmp_path / name, kind="original lab")
-        assert found.cfg == TINY_CFG and same(
-            found.state_dict["classifier.weight"], model.classifier.weight.data
-        )
-
-
 def test_another_kind_than_expected_is_named(tmp_path):
     save(tmp_path / "x.pt", OLD)
-    with pytest.raises(CheckpointError, match=r"x\.pt.*'trained'.*'slim'"):
-        load(tmp_path / "x.pt", kind="slim")
+    said = assert_refused(tmp_path / "x.pt", "'trained'", "'slim'", "vggprune.ipynb", kind="slim")
+    assert "Delete" not in said  # it is a sound file
 
 
-def test_a_missing_file_says_which_notebook_to_run(tmp_path):
-    with pytest.raises(CheckpointError, match=r"none\.pt.*vggprune\.ipynb"):
-        load(tmp_path / "none.pt", kind="slim")
-    with pytest.raises(CheckpointError, match=r"none\.pt"):
-        load(tmp_path / "none.pt")
+@pytest.mark.parametrize(("kind", "said"), [("slim", "vggprune.ipynb"), (None, "the path")])
+def test_a_missing_file_is_named_in_full(tmp_path, monkeypatch, kind, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load("none.pt", kind)
+    assert str(tmp_path / "none.pt") in str(caught.value) and said in str(caught.value)
 
 
-def test_load_all_takes_one_kind_made_with_these_data(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no trained network.*sparsity_train\.ipynb"):
-        load_all(tmp_path, "trained", data="digits 12")
-    for name in ("trained_b", "trained_a", "slim_a"):
-        kind = name.split("_")[0]
-        settings = {"data": "digits 12", "l1_lambda": name}
-        save(tmp_path / f"{name}.pt", dataclasses.replace(OLD, kind=kind, settings=settings))
-    found = load_all(tmp_path, "trained", data="digits 12")
-    assert [c.settings["l1_lambda"] for c in found] == ["trained_a", "trained_b"]
-    with pytest.raises(CheckpointError, match=r"trained_a\.pt.*'digits 12'.*'digits 34'"):
-        load_all(tmp_path, "trained", data="digits 34")
+# --- writing -------------------------------------------------------------------------------------
 
 
-def test_networks_that_differ_in_more_than_lambda_are_not_compared(tmp_path):
-    for l1_lambda, lr in ((0.0, 0.1), (0.001, 0.2)):
-        settings = {"data": "digits 12", "l1_lambda": l1_lambda, "lr": lr}
-        content = dataclasses.replace(OLD, settings=settings)
-        save(tmp_path / f"trained_lambda_{l1_lambda:g}.pt", content)
-    with pytest.raises(
-        CheckpointError, match=r"_0\.pt.* lr = 0\.1, trained_lambda_0\.001\.pt.*0\.2"
-    ):
-        load_all(tmp_path, "trained", data="digits 12")
+def test_single_numbers_of_numpy_and_torch_come_back_as_plain_ones(tmp_path):
+    settings = {
+        "l1_lambda": np.logspace(-3, -2, 2)[0],
+        "ratios": [np.float32(0.5), (np.int64(3), torch.tensor(0.25)), {"flip": np.bool_(True)}],
+        "name": np.str_("quick"),
+        "best": np.array(7),
+    }
+    history = {name: list(np.ones(2)) for name in COLUMNS}
+    cfg = [np.int64(v) if v != "M" else v for v in CFG]
+    save(tmp_path / "x.pt", dataclasses.replace(OLD, cfg=cfg, settings=settings, history=history))
+    found = load(tmp_path / "x.pt")
+    plain = {"l1_lambda": 0.001, "ratios": [0.5, (3, 0.25), {"flip": True}]}
+    assert same(found.settings, plain | {"name": "quick", "best": 7})
+    assert same(found.cfg, CFG) and same(found.history, {name: [1.0, 1.0] for name in COLUMNS})
 
 
-# --- writing: whole or not at all ----------------------------------------------------------------
+def endless() -> list:
+    endless = []
+    endless.append([endless])
+    return endless
 
 
-def assert_old_or_new(path: Path, old: bytes | None, new: bytes) -> None:
-    found = path.read_bytes() if path.exists() else None
-    assert found in (old, new), "neither the old file nor the new one"
-    if found is not None:
-        load(path)
+NOT_KEPT = {
+    "an array": ({"settings": {"ratios": np.ones(3)}}, "settings of ndarray"),
+    "a tensor": ({"results": {"γ": [torch.ones(3)]}}, "results of Tensor"),
+    "a path": ({"settings": {"data": Path("images")}}, "settings of"),
+    "a function": ({"settings": {"penalty": lambda model: None}}, "settings of function"),
+    "a date": ({"results": {"at": np.datetime64("2026-01-01")}}, "results of date"),
+    "NaN": ({"state_dict": STATE | {"classifier.bias": torch.full([3], math.nan)}}, "finite"),
+    "another cfg": ({"cfg": [3, 4, "M", 6]}, "cfg"),
+    "one column": ({"history": {"lr": [0.1]}}, "history"),
+}  # fmt: skip
 
 
-def _full_disk() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("value", NOT_KEPT)
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path, value):
+    changes, said = NOT_KEPT[value]
+    save(tmp_path / "x.pt", OLD)
+    with pytest.raises(CheckpointError) as caught:
+        save(tmp_path / "x.pt", dataclasses.replace(NEW, **changes))
+    assert str(tmp_path / "x.pt") in str(caught.value) and said in str(caught.value)
+    assert same(load(tmp_path / "x.pt"), OLD) and len(list(tmp_path.iterdir())) == 1
 
 
-def _stop_button() -> None:
-    raise KeyboardInterrupt
+def test_bytes_that_came_out_wrong_do_not_replace_the_file(tmp_path, monkeypatch):
+    save(tmp_path / "x.pt", OLD)
+    whole_save = torch.save
+
+    def flipped_save(content, file):
+        whole_save(content, file)
+        file.getbuffer()[weights_at(file.getvalue())[3]] ^= 1
+
+    monkeypatch.setattr(torch, "save", flipped_save)
+    with pytest.raises(CheckpointError, match="checksum"):
+        save(tmp_path / "x.pt", NEW)
+    assert same(load(tmp_path / "x.pt"), OLD)
 
 
-@pytest.mark.parametrize("there_before", [True, False])
-@pytest.mark.parametrize(
-    ("action", "expected"), [(_stop_button, KeyboardInterrupt), (_full_disk, CheckpointError)]
-)
-def test_interrupted_at_any_line_the_file_is_the_old_or_the_new(
-    tmp_path, there_before, action, expected
-):
-    path, old, new = tmp_path / "x.pt", saved_bytes(OLD), saved_bytes(NEW)
-    reached, left = set(), []
-    for line in range(1, 200):
-        path.write_bytes(old) if there_before else path.unlink(missing_ok=True)
-        # In a thread: an exception out of a tracer leaves traces in the state of its thread.
-        with contextlib.suppress(expected, OSError), ThreadPoolExecutor(1) as thread:
-            if not thread.submit(interrupt_save, path, NEW, line, action).result():
-                break
-        assert_old_or_new(path, old if there_before else None, new)
-        reached.add(path.exists() and path.read_bytes() == new)
-        left += [line for file in tmp_path.iterdir() if file != path]
-    assert line > 15 and reached == {True, False}
-    assert len(left) <= 4  # only the lines that are about to remove it
+def test_a_disk_that_fails_is_a_checkpoint_error(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left")
 
-
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
-def test_a_call_that_fails_is_named_and_leaves_the_file_before(tmp_path, monkeypatch, call):
-    path = tmp_path / "x.pt"
-    save(path, OLD)
-    before = path.read_bytes()
-
-    def fail(*_, **__):
-        _full_disk()
-
-    if call in ("open", "write"):
-        opened = fail if call == "open" else lambda *_: _Full()
-        monkeypatch.setattr(checkpoint, "open", opened, raising=False)
-    else:
-        monkeypatch.setattr(os, call, fail)
-    with pytest.raises(CheckpointError, match=r"x\.pt.*No space left"):
-        save(path, NEW)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-class _Full(io.BytesIO):
-    def write(self, _):
-        _full_disk()
-
-
-@pytest.mark.parametrize("room", [None, "mkdir"])
-def test_a_disk_that_is_really_full(tmp_path, room):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if not shutil.which("mount") or subprocess.run(mounted, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
-        path = disk / ("deeper" if room else "") / "x.pt"
-        save(path, OLD)
-        before = path.read_bytes()
-        (disk / "filler").write_bytes(bytes(64 * 1024 - 4096 * (2 + len(before) // 4096)))
-        with pytest.raises(CheckpointError, match=r"x\.pt.*No space left.*unchanged"):
-            save(path, NEW)
-        assert path.read_bytes() == before
-        assert list(path.parent.glob("*.tmp")) == []
-        (disk / "filler").unlink()
-        save(path, NEW)
-        assert same(load(path), NEW)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-def _save_with_quota(path: Path, said: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    _save_and_say(path, said)
-
-
-def _save_as_nobody(path: Path, said: Path) -> None:
-    if os.geteuid() == 0:
-        os.setegid(65534)
-        os.seteuid(65534)  # root may write anywhere
-    try:
-        _save_and_say(path, None)
-    except CheckpointError as error:
-        if os.getuid() == 0:
-            os.seteuid(0)
-        said.write_text(str(error))
-
-
-def _save_and_say(path: Path, said: Path | None) -> None:
-    try:
-        save(path, NEW)
-    except CheckpointError as error:
-        if said is None:
-            raise
-        said.write_text(str(error))
-
-
-@pytest.mark.parametrize(
-    ("attempt", "reason"),
-    [(_save_with_quota, "File too large"), (_save_as_nobody, "Permission denied")],
-)
-def test_a_quota_and_a_read_only_folder_leave_the_file_before(attempt, reason):
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "checkpoints"
-        folder.mkdir()
-        path, said = folder / "x.pt", Path(name) / "said"
-        save(path, OLD)
-        before = path.read_bytes()
-        Path(name).chmod(0o755)
-        if attempt is _save_as_nobody:
-            folder.chmod(0o555)
-        assert run(attempt, path, said) == 0
-        assert str(path) in said.read_text() and reason in said.read_text()
-        assert path.read_bytes() == before
-        assert list(folder.iterdir()) == [path]
-        folder.chmod(0o755)
-
-
-def test_a_folder_that_is_a_file_or_gone(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/x\.pt: could not be written"):
-        save(tmp_path / "file" / "x.pt", OLD)
-    save(tmp_path / "new" / "folder" / "x.pt", OLD)  # a folder that vanished is made again
-    assert same(load(tmp_path / "new" / "folder" / "x.pt"), OLD)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match=r"/x\.pt: could not be written \(No space left"):
+        save(tmp_path / "x.pt", NEW)
 
 
 # --- reading: damaged files ----------------------------------------------------------------------
 
+HTML = b"<!DOCTYPE html><html><body>Sign in to continue</body></html>\n" * 40
+NO_ARCHIVES = {
+    "empty": b"",
+    "zeros": b"\0" * 5000,
+    "HTML": HTML,
+    "zip magic": b"PK\x03\x04",
+    "zip without entries": b"PK\x05\x06" + bytes(18),
+    "half a pickle": pickle.dumps({"cfg": 1})[:-3],
+}
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\0" * 5000, HTML, b"PK\x03\x04", b"PK\x05\x06" + bytes(18), pickle.dumps({"cfg": 1})],
-    ids=["empty", "zeros", "HTML", "zip magic", "zip without entries", "pickle"],
-)
-def test_what_is_no_archive_of_torch_is_refused(tmp_path, content):
-    path = tmp_path / "x.pt"
-    path.write_bytes(content)
-    assert_refused(path, "Delete or replace")
+
+@pytest.mark.parametrize("content", NO_ARCHIVES)
+def test_what_is_no_archive_is_deleted_only_where_it_should_be_ours(tmp_path, content):
+    path, content = tmp_path / "x.pt", NO_ARCHIVES[content]
+    assert "Delete" not in assert_refused(path, content=content)
+    assert "Delete" not in assert_refused(path, kind="original lab")
+    if content is not NO_ARCHIVES["half a pickle"]:
+        assert_refused(path, "Delete or replace the file, and run vggprune.ipynb", kind="slim")
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
-    whole, path = saved_bytes(OLD), tmp_path / "x.pt"
-    for end in range(0, len(whole), 97):
-        path.write_bytes(whole[:end])
-        assert_refused(path)
+    for end in range(0, len(WHOLE), 397):
+        assert_refused(tmp_path / "x.pt", content=WHOLE[:end])
 
 
 def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
     (tmp_path / "x.pt").mkdir()
-    with pytest.raises(CheckpointError, match=r"x\.pt"):
+    with pytest.raises(CheckpointError, match=r"x\.pt: Is a directory"):
         load(tmp_path / "x.pt")
+
+
+def largest_entry(whole: bytes) -> zipfile.ZipInfo:
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        return max(archive.infolist(), key=lambda e: ("/data/" in e.filename, e.file_size))
 
 
 def weights_at(whole: bytes) -> range:
     """Where the largest tensor lies in the file."""
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        entry = max(archive.infolist(), key=lambda e: ("/data/" in e.filename, e.file_size))
-        raw = archive.read(entry)
+        raw = archive.read(largest_entry(whole).filename)
     return range(whole.index(raw), whole.index(raw) + len(raw))
 
 
@@ -304,197 +250,286 @@ def flip(whole: bytes, at: int, bit: int = 0) -> bytes:
 
 
 def test_a_bit_flipped_in_a_weight_is_refused_by_its_checksum(tmp_path):
-    whole, path = saved_bytes(OLD), tmp_path / "x.pt"
-    for at in random.Random(0).sample(weights_at(whole), 20):
-        path.write_bytes(flip(whole, at))
-        assert_refused(path, "checksum")
+    for at in random.Random(0).sample(weights_at(WHOLE), 20):
+        assert_refused(tmp_path / "x.pt", "checksum", content=flip(WHOLE, at))
 
 
-def test_no_bit_of_the_zip_directory_changes_a_weight_unseen(tmp_path):
-    whole, path = saved_bytes(OLD), tmp_path / "x.pt"
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        entry = max(archive.infolist(), key=lambda e: ("/data/" in e.filename, e.file_size))
-    end = whole.rindex(entry.filename.encode()) + len(entry.filename)
-    for at in range(whole.rindex(b"PK\x01\x02", 0, end), end):
-        for bit in range(8):
-            path.write_bytes(flip(whole, at, bit))
-            with contextlib.suppress(CheckpointError):
-                assert same(load(path), OLD), f"bit {bit} of byte {at}"
-
-
-def test_a_damaged_file_with_a_sound_one_behind_it_gives_no_damaged_weights(tmp_path):
-    whole, path = saved_bytes(OLD), tmp_path / "x.pt"
-    path.write_bytes(flip(whole, weights_at(whole)[10], bit=6) + whole)
-    with contextlib.suppress(CheckpointError):
-        assert same(load(path), OLD)
-
-
-def test_two_files_spliced_give_an_error_or_one_of_the_two(tmp_path):
-    a, b, path = saved_bytes(OLD), saved_bytes(NEW), tmp_path / "x.pt"
-    draw = random.Random(0)
-    for _ in range(50):
-        at = draw.randrange(len(a))
-        path.write_bytes(a[:at] + b[at:])
+def test_no_byte_of_the_zip_directory_changes_a_weight_unseen(tmp_path):
+    path, name = tmp_path / "x.pt", largest_entry(WHOLE).filename.encode()
+    end = WHOLE.rindex(name) + len(name)
+    for at in range(WHOLE.rindex(b"PK\x01\x02", 0, end), end):
+        path.write_bytes(flip(WHOLE, at, bit=at % 8))
         with contextlib.suppress(CheckpointError):
-            found = load(path)
-            assert same(found, OLD) or same(found, NEW)
+            assert same(load(path), OLD), f"byte {at}"
 
 
-def test_the_damage_of_the_long_run_is_damage():
-    a, b, draw = saved_bytes(OLD), saved_bytes(NEW), random.Random(0)
-    results = [damage(a, b, draw) for _ in range(200)]
-    assert all(content not in (a, b) for _, content in results)
-    assert len({what.split()[0] for what, _ in results}) >= 6
+def test_a_damaged_file_with_a_sound_one_behind_it_is_refused(tmp_path):
+    assert_refused(tmp_path / "x.pt", content=flip(WHOLE, weights_at(WHOLE)[10], bit=6) + WHOLE)
 
 
 # --- reading: whole files that lie ---------------------------------------------------------------
 
-STATE = OLD.state_dict
 GAMMA, VAR, CONV = "feature.1.weight", "feature.1.running_var", "feature.0.weight"
+BIAS = "classifier.bias"
 MOMENTUM = OLD.optimizer["momentum"]
+SCALER = torch.amp.GradScaler("cpu").state_dict()
 
 
 def state(**changes) -> dict:
-    return {"state_dict": STATE | changes}
+    return as_dict(state_dict={k: v for k, v in (STATE | changes).items() if v is not None})
 
 
 def full(name: str, value: float) -> torch.Tensor:
     return torch.full_like(STATE[name], value)
 
 
+def momentum(*values, **changes) -> dict:
+    return as_dict(optimizer={"momentum": list(values), "scaler": {}} | changes)
+
+
+def history(**changes) -> dict:
+    return as_dict(history=OLD.history | changes)
+
+
+def nested(depth: int) -> list:
+    value = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
 LIES = {
     "newer format": (as_dict(format=FORMAT + 1), f"format {FORMAT + 1}"),
+    "older format": (as_dict(format=1), "format 1"),
     "format None": (as_dict(format=None), "format None"),
-    "unknown kind": (as_dict(kind="best"), "'best'"),
+    "format a tensor": (as_dict(format=torch.zeros(2)), "format"),
+    "unknown architecture": (as_dict(architecture="ResNet"), "'ResNet', known are VGG"),
+    "architecture a list": (as_dict(architecture=["VGG"]), "architecture"),
+    "unknown kind": (as_dict(kind="best"), "'best', known are trained, slim"),
     "kind a list": (as_dict(kind=["trained"]), "kind"),
     "no kind": ({k: v for k, v in as_dict().items() if k != "kind"}, "kind"),
     "a list": ([1, 2], "not a dictionary"),
     "a tensor": (torch.zeros(3), "not a dictionary"),
-    "a bare state": (STATE, "'cfg'"),
     "other cfg": (as_dict(cfg=[3, 4, "M", 6]), "cfg"),
-    "longer cfg": (as_dict(cfg=[*TINY_CFG, 7]), "cfg"),
-    "shorter cfg": (as_dict(cfg=TINY_CFG[:-1]), "cfg"),
+    "longer cfg": (as_dict(cfg=[*CFG, 7]), "cfg"),
+    "shorter cfg": (as_dict(cfg=CFG[:-1]), "cfg"),
     "empty cfg": (as_dict(cfg=[]), "cfg"),
     "cfg of text": (as_dict(cfg="MMM"), "VGG"),
     "cfg with a zero": (as_dict(cfg=[3, 0, "M", 5]), "0"),
     "cfg with a share": (as_dict(cfg=[3, 0.5, "M", 5]), "0.5"),
+    "cfg with a tensor": (as_dict(cfg=[3, torch.tensor(4), "M", 5]), "cfg"),
     "cfg None": (as_dict(cfg=None), "VGG"),
     "gigantic cfg": (as_dict(cfg=[3, 10**7, 10**7]), "cfg"),
     "cfg beyond 64 bits": (as_dict(cfg=[3, 10**30]), "VGG"),
-    "no classifier": (
-        as_dict(state_dict={k: v for k, v in STATE.items() if "classifier" not in k}),
-        "VGG",
-    ),
-    "one layer missing": (
-        as_dict(state_dict={k: v for k, v in STATE.items() if k != GAMMA}),
-        GAMMA,
-    ),
-    "a layer too many": (as_dict(**state(extra=torch.zeros(1))), "extra"),
-    "other shape": (as_dict(**state(**{GAMMA: torch.ones(4)})), GAMMA),
-    "weights of text": (as_dict(**state(**{GAMMA: "0.5"})), "weights"),
+    "cfg of lists of lists": (as_dict(cfg=nested(60)), "cfg"),
+    "no classifier": (state(**{BIAS: None}), "VGG"),
+    "one layer missing": (state(**{GAMMA: None}), GAMMA),
+    "a layer too many": (state(extra=torch.zeros(1)), "extra"),
+    "a layer named 7": (as_dict(state_dict=STATE | {7: full(GAMMA, 1)}), "weights"),
+    "other shape": (state(**{GAMMA: torch.ones(4)}), GAMMA),
+    "weights of text": (state(**{GAMMA: "0.5"}), GAMMA),
     "no weights": (as_dict(state_dict=None), "weights"),
-    "NaN weight": (as_dict(**state(**{CONV: full(CONV, torch.nan)})), CONV),
-    "infinite γ": (as_dict(**state(**{GAMMA: full(GAMMA, torch.inf)})), GAMMA),
-    "negative variance": (as_dict(**state(**{VAR: full(VAR, -1e-3)})), VAR),
-    "sparse weight": (as_dict(**state(**{GAMMA: STATE[GAMMA].to_sparse()})), GAMMA),
+    "NaN weight": (state(**{CONV: full(CONV, torch.nan)}), CONV),
+    "infinite γ": (state(**{GAMMA: full(GAMMA, torch.inf)}), GAMMA),
+    "negative variance": (state(**{VAR: full(VAR, -1e-3)}), VAR),
+    "sparse weight": (state(**{GAMMA: STATE[GAMMA].to_sparse()}), GAMMA),
+    "weight on no device": (state(**{GAMMA: torch.ones(3, device="meta")}), GAMMA),
+    "weight in 8 bits": (state(**{GAMMA: torch.ones(3).to(torch.float8_e4m3fn)}), GAMMA),
+    "weight of integers": (state(**{GAMMA: torch.ones(3, dtype=torch.int64)}), GAMMA),
+    "complex weight": (state(**{GAMMA: torch.ones(3, dtype=torch.complex64)}), GAMMA),
     "settings a list": (as_dict(settings=[]), "settings"),
+    "a tensor among the settings": (as_dict(settings={"lr": [torch.tensor(0.1)]}), "settings"),
+    "a tensor among the results": (as_dict(results={"accuracy": torch.ones(2)}), "results"),
+    "a tensor as a name": (as_dict(settings={torch.tensor(1): 0}), "settings"),
+    "a set among the settings": (as_dict(settings={"ratios": {0.5}}), "settings of set"),
+    "settings without an end": (as_dict(settings={"x": (endless(), torch.ones(1))}), "settings"),
+    "settings beyond counting": (as_dict(settings={"x": (nested(60), 1j)}), "settings of complex"),
     "history a list": (as_dict(history=[1.0]), "history"),
-    "history not finite": (as_dict(history={"lr": [0.1, float("nan")]}), "history"),
-    "uneven history": (as_dict(history={"lr": [0.1], "test_loss": []}), "history"),
-    "history of text": (as_dict(history={"lr": ["0.1"]}), "history"),
-    "momentum missing": (as_dict(optimizer={"momentum": MOMENTUM[:-1]}), "optimizer"),
-    "momentum not finite": (
-        as_dict(optimizer={"momentum": [*MOMENTUM[:-1], full("classifier.bias", torch.nan)]}),
-        "optimizer",
-    ),
-    "momentum of another": (as_dict(optimizer={"momentum": MOMENTUM[::-1]}), "optimizer"),
-    "momentum a number": (as_dict(optimizer={"momentum": 0.9}), "optimizer"),
-}
+    "history not finite": (history(lr=[0.1, math.nan]), "history"),
+    "history beyond floats": (history(lr=[0.1, 10**400]), "history"),
+    "uneven history": (history(test_loss=[]), "history"),
+    "history of text": (history(lr=["0.1", "0.1"]), "history"),
+    "history of tensors": (history(lr=torch.zeros(2)), "history"),
+    "history of one column": (as_dict(history={"lr": [0.1, 0.1]}), "history of ['lr']"),
+    "a column too many": (history(f1=[0.5, 0.5]), "history"),
+    "more epochs than its settings say": (as_dict(settings={"epochs": 1}), "2 epochs"),
+    "epochs of text": (as_dict(settings={"epochs": "3"}), "epochs = '3'"),
+    "a run cut off without a way to go on": (as_dict(optimizer={}), "optimizer"),
+    "optimizer a list": (as_dict(optimizer=[1]), "optimizer"),
+    "optimizer without a scaler": (as_dict(optimizer={"momentum": MOMENTUM}), "optimizer"),
+    "optimizer without momentum": (as_dict(optimizer={"scaler": {}}), "optimizer"),
+    "scaler of nothing known": (momentum(*MOMENTUM, scaler={"x": 1.0}), "scaler"),
+    "scaler of text": (momentum(*MOMENTUM, scaler=SCALER | {"scale": "65536"}), "scaler"),
+    "scaler a number": (momentum(*MOMENTUM, scaler=1.0), "scaler"),
+    "momentum missing": (momentum(*MOMENTUM[:-1]), "momentum"),
+    "momentum not finite": (momentum(*MOMENTUM[:-1], full(BIAS, math.nan)), "not finite"),
+    "momentum of another": (momentum(*MOMENTUM[::-1]), "momentum"),
+    "momentum a number": (momentum(momentum=0.9), "momentum"),
+    "sparse momentum": (momentum(MOMENTUM[0].to_sparse(), *MOMENTUM[1:]), "momentum"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_whole_file_that_does_not_fit_is_refused(tmp_path, lie):
     content, said = LIES[lie]
-    torch.save(content, tmp_path / "x.pt")
-    assert_refused(tmp_path / "x.pt", said)
+    assert_refused(tmp_path / "x.pt", said, content=content)
 
 
-EXOTIC = {
-    "weight on no device": as_dict(**state(**{GAMMA: torch.ones(3, device="meta")})),
-    "weight in 8 bits": as_dict(**state(**{GAMMA: torch.ones(3).to(torch.float8_e4m3fn)})),
-    "weight of integers": as_dict(**state(**{GAMMA: torch.ones(3, dtype=torch.int64)})),
-    "complex weight": as_dict(**state(**{GAMMA: torch.ones(3, dtype=torch.complex64)})),
-    "sparse momentum": as_dict(optimizer={"momentum": [MOMENTUM[0].to_sparse(), *MOMENTUM[1:]]}),
-    "format a tensor": as_dict(format=torch.zeros(2)),
-    "history of tensors": as_dict(history={"lr": torch.zeros(2)}),
-}
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_without_a_shape_is_refused(tmp_path):
+    odd = torch.nested.nested_tensor([torch.ones(2), torch.ones(1)])
+    for content in (state(**{GAMMA: odd}), {"state_dict": STATE | {CONV: odd}}, {"x": odd}):
+        assert_refused(tmp_path / "x.pt", content=content)
 
 
-@pytest.mark.parametrize("lie", EXOTIC)
-def test_a_tensor_of_an_exotic_type_is_refused(tmp_path, lie):
-    torch.save(EXOTIC[lie], tmp_path / "x.pt")
-    assert_refused(tmp_path / "x.pt")
+def test_a_run_in_float16_and_a_finished_one_come_back(tmp_path):
+    float16 = dataclasses.replace(OLD, optimizer={"momentum": MOMENTUM, "scaler": SCALER})
+    finished = dataclasses.replace(OLD, settings={"epochs": 2}, optimizer={})
+    for content in (float16, finished):
+        save(tmp_path / "x.pt", content)
+        assert same(load(tmp_path / "x.pt"), content)
+
+
+# --- reading: files of others --------------------------------------------------------------------
+
+POOLED = [4, "M", 5, 6, "M", "M", 7]
+THEIRS = tiny_model(3, POOLED).state_dict()
+
+
+def renamed(front: str) -> dict:
+    return {front + name: value for name, value in THEIRS.items()}
+
+
+def of(number: type) -> list:
+    """The cfg, its widths as another type of number."""
+    return [v if v == "M" else number(v) for v in POOLED]
+
+
+READ = {
+    "original lab": {"cfg": POOLED, "state_dict": THEIRS},
+    "before torch 0.4.1": {
+        "cfg": POOLED,
+        "state_dict": {k: v for k, v in THEIRS.items() if "num_batches" not in k},
+    },
+    "DataParallel": {"cfg": POOLED, "state_dict": renamed("module.")},
+    "DataParallel and compiled": {"cfg": POOLED, "state_dict": renamed("module._orig_mod.")},
+    "training of the original lab": {
+        "epoch": 160,
+        "state_dict": OrderedDict(THEIRS),
+        "best_prec1": torch.tensor(93.5),
+        "optimizer": {"param_groups": [{"lr": 0.1}]},
+    },
+    "bare weights": THEIRS,
+    "bare weights of DataParallel": renamed("module."),
+    "cfg of whole floats": {"cfg": of(float), "state_dict": THEIRS},
+    "cfg of tensors": {"cfg": tuple(of(torch.tensor)), "state_dict": THEIRS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_files_of_others_are_read(tmp_path, name):
+    torch.save(READ[name], tmp_path / "x.pt")
+    found = load(tmp_path / "x.pt", kind="original lab")
+    assert same(found.cfg, POOLED)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(found.model()(images), tiny_model(3, POOLED).eval()(images))
+
+
+RENAMED = {k.replace("feature", "features"): v for k, v in THEIRS.items()}
+TOLD = {
+    "torch before 1.6": (
+        saved_bytes(READ["original lab"], _use_new_zipfile_serialization=False),
+        ("before 1.6", "weights_only=True"),
+    ),
+    "a whole model": (saved_bytes(tiny_model()), ("models.vgg.VGG", "state_dict()")),
+    "a whole model before 1.6": (
+        saved_bytes(tiny_model(), _use_new_zipfile_serialization=False),
+        ("models.vgg.VGG", "state_dict()"),
+    ),
+    "a whole model, pickled": (pickle.dumps(tiny_model()), ("models.vgg.VGG", "state_dict()")),
+    "weights, pickled": (pickle.dumps(READ["original lab"], 2), ("pickle", "torch.save(")),
+    "cfg of numpy": (saved_bytes({"cfg": of(np.int64), "state_dict": THEIRS}), ("numpy", "int(v)")),
+    "cfg of shares": (saved_bytes({"cfg": [0.5, 1.0], "state_dict": THEIRS}), ("0.5",)),
+    "another network": (saved_bytes(RENAMED), ("features.0.weight", "feature.0.weight")),
+    "another dictionary": (saved_bytes({"net": THEIRS, "acc": 1}), ("'net', 'acc'", "state_dict")),
+    "weights that are none": (saved_bytes({"cfg": POOLED, "state_dict": [1]}), ("state_dict",)),
+    "in half precision": (
+        saved_bytes({k: v.half() if v.is_floating_point() else v for k, v in THEIRS.items()}),
+        ("float16", "float32"),
+    ),
+    "pools without end": (saved_bytes({"feature.999.weight": torch.ones(4, 3, 3, 3)}), ("VGG",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_files_that_can_not_be_read_say_what_they_are(tmp_path, name):
+    content, said = TOLD[name]
+    message = assert_refused(tmp_path / "x.pt", *said, content=content)
+    assert "Delete" not in message and "weights_only=False" not in message
+
+
+def test_the_advice_for_files_before_torch_1_6_works(tmp_path):
+    path, new_path = tmp_path / "old.pt", tmp_path / "new.pt"
+    path.write_bytes(TOLD["torch before 1.6"][0])
+    torch.save(torch.load(path, map_location="cpu", weights_only=True), new_path)
+    assert load(new_path).cfg == POOLED
 
 
 # --- reading: files that attack ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["whole", "settings", "state_dict", "cfg", "results"])
+class Trap:
+    """Code that unpickling would run."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.parametrize("place", ["whole", "settings", "state_dict", "cfg", "results", "pickle"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_file_is_never_run(tmp_path, place, zipped):
     canary, path = tmp_path / "canary", tmp_path / "x.pt"
     trap = Trap(canary)
-    content = trap if place == "whole" else as_dict(**{place: {"x": trap}})
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    assert_refused(path)
+    content = trap if place in ("whole", "pickle") else as_dict(**{place: {"x": trap}})
+    whole = saved_bytes(content, _use_new_zipfile_serialization=zipped)
+    assert_refused(path, "mkdir", content=pickle.dumps(trap) if place == "pickle" else whole)
     assert not canary.exists()
     with contextlib.suppress(Exception):
         torch.load(path, weights_only=False)
     assert canary.exists(), "the trap was none"
 
 
-def test_a_bare_pickle_with_code_is_never_run(tmp_path):
-    path = tmp_path / "x.pt"
-    path.write_bytes(pickle.dumps(Trap(tmp_path / "canary")))
-    assert_refused(path)
-    assert not (tmp_path / "canary").exists()
-
-
-def test_a_zip_bomb_is_refused_before_it_inflates(tmp_path):
-    path, plain = tmp_path / "x.pt", io.BytesIO()
-    torch.save({"cfg": TINY_CFG, "state_dict": {"x": torch.zeros(40 * 2**20)}}, plain)
+def test_a_zip_bomb_is_refused_before_it_inflates(tmp_path, monkeypatch):
+    path, plain = tmp_path / "x.pt", saved_bytes({"x": torch.zeros(2**18)})
     with (
-        zipfile.ZipFile(plain) as archive,
+        zipfile.ZipFile(io.BytesIO(plain)) as archive,
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb,
     ):
         for entry in archive.infolist():
             bomb.writestr(entry.filename, archive.read(entry))
             bomb.infolist()[-1].external_attr = 0  # in nothing else unlike what torch writes
-    assert path.stat().st_size < 2**18
-    assert run(_load_in_little_memory, path) == 0
-
-
-def _load_in_little_memory(path: Path) -> None:
-    """Ends well if load() refuses the file and needs next to no memory for that."""
-
-    def most_used() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    before = most_used()
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + 2**30, now + 2**30))  # spare the machine
-    with pytest.raises(CheckpointError):
-        load(path)
-    assert most_used() - before < 64 * 2**20
+    assert path.stat().st_size < len(plain) / 100
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: pytest.fail("it inflates"))
+    assert_refused(path, "not an archive as torch writes it")
 
 
 def test_a_small_tensor_that_claims_to_be_huge_is_refused_in_little_memory(tmp_path):
-    width = 20_000
-    with torch.device("meta"):
-        claimed = VGG([width, width], num_classes=3).state_dict()
     # One number, repeated by a stride of 0: 14 GB of weights in a file of a few kB.
-    huge = {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in claimed.items()}
-    content = {"cfg": [width, width], "state_dict": huge}
-    torch.save(content, tmp_path / "x.pt")
-    assert (tmp_path / "x.pt").stat().st_size < 20_000
-    assert run(_load_in_little_memory, tmp_path / "x.pt") == 0
+    width = 20_000
+    huge = {
+        name: torch.zeros((), dtype=v.dtype).expand([width if n == 5 else n for n in v.shape])
+        for name, v in tiny_model(cfg=[5, 5]).state_dict().items()
+    }
+    whole = saved_bytes({"cfg": [width, width], "state_dict": huge})
+    assert len(whole) < 20_000
+    (tmp_path / "x.pt").write_bytes(whole)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, before[1]))
+    try:
+        assert_refused(tmp_path / "x.pt", "fewer numbers than its shape says")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

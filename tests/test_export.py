@@ -22,7 +22,6 @@ from utils.export import (
     logits,
     quantize_int8,
     session,
-    take_turns,
 )
 
 onnx = pytest.importorskip("onnx", reason="pip install -r requirements-export.txt")
@@ -224,15 +223,6 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(files, monkeypatch, p
     with pytest.raises(ExportError, match=rf"{package}.*pip install -r requirements-export\.txt"):
         use(files[0])
     assert files[0].read_bytes() == before
-
-
-def test_networks_are_timed_in_turns():
-    calls = []
-    steps = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    times = take_turns(steps, rounds=2, min_run_time=1e-4)
-    assert "".join(name for k, name in enumerate(calls) if calls[k - 1 : k] != [name]) == "abab"
-    assert all(times[name].median > 0 and times[name].iqr >= 0 for name in "ab")
-    assert all(len(times[name].times) > 1 for name in "ab")
 
 
 def test_a_session_takes_the_threads_it_is_given(files):

@@ -17,7 +17,7 @@ SMALL = [3, 4, "M", 5]
 )
 def test_dense_networks_have_the_published_number_of_parameters(depth, parameters):
     with torch.device("meta"):  # shapes only
-        assert sum(p.numel() for p in VGG(depth=depth).parameters()) == parameters
+        assert sum(p.numel() for p in VGG(VGG_CFGS[depth]).parameters()) == parameters
 
 
 def test_vgg19_is_the_default():
@@ -69,6 +69,15 @@ def test_forward_is_conv_bn_relu_pool_mean_linear():
     torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_are_the_convolutions_with_their_batch_norms_in_forward_order():
+    model = VGG([3, 4, "M", 5])
+    pairs = [(model.feature[i], model.feature[i + 1]) for i in (0, 3, 7)]
+    assert len(model.blocks()) == 3
+    for (conv, bn), (expected_conv, expected_bn) in zip(model.blocks(), pairs, strict=True):
+        assert conv is expected_conv
+        assert bn is expected_bn
+
+
 def test_state_dict_keys_are_those_of_the_original_lab():
     batch_norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     assert list(VGG([3, "M", 4]).state_dict()) == [
@@ -109,7 +118,6 @@ def test_the_callers_cfg_is_neither_changed_nor_kept():
     [
         *[({"cfg": cfg}, "cfg", repr(cfg)) for cfg in ([], ["M"], "M", 5, {3: 4})],
         *[({"cfg": [4, v]}, "cfg", repr(v)) for v in (0, -3, 2.5, "m", "8", None, True, [4])],
-        *[({"depth": d}, "depth", repr(d)) for d in (0, 12, -19, "19", None)],
         *[({"cfg": [4], "num_classes": n}, "num_classes", repr(n)) for n in (0, -1)],
     ],
 )

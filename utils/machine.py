@@ -2,20 +2,37 @@
 
 import ctypes
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
 
+def set_up(labs: Sequence[Path]) -> torch.device:
+    """What a notebook does first: check the packages, find the device, say where it runs.
+
+    `labs` are the copies of the lab that were found, the one in use first.
+    """
+    check_requirements()
+    for other in [lab for lab in dict.fromkeys(labs) if lab != labs[0]]:
+        print(f"(another copy of the lab, not used: {other})")
+    device = pick_device()
+    print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
+    return device
+
+
 def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU, with a printed warning that names what suits it."""
+    """CUDA where there is one, else the CPU, with a printed line that names what suits it."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     _keep_freed_memory()
+    mac = torch.backends.mps.is_available()
     print(
-        "Warning: no GPU found, running on the CPU. The profiles quick (minutes) and laptop (a few "
-        "hours) are made for that; in Colab: Runtime → Change runtime type → GPU."
+        "The GPU of this Mac is not used" if mac else "No GPU found",
+        "— running on the CPU, for which the profiles quick (minutes) and laptop (a few hours) are "
+        "made. In Colab: Runtime → Change runtime type → GPU.",
     )
     return torch.device("cpu")
 
@@ -52,6 +69,16 @@ def check_requirements(path: str = "requirements.txt") -> None:
             unmet.append(f"{requirement} (found: {found})")
     if unmet:
         raise ImportError(f"the lab needs {', '.join(unmet)}: pip install -r requirements.txt")
+
+
+def forecast(seconds: float, what: str) -> str:
+    """A sentence: `what` takes `seconds` on this machine, and what to choose if that is long."""
+    if seconds < 2 * 3600:
+        return f"{what} take about {max(1, round(seconds / 60))} min here"
+    return (
+        f"{what} take about {seconds / 3600:.0f} hours here. Shorter: fewer epochs, a GPU, or a "
+        "smaller profile (laptop is a sixteenth of the work of cifar10, quick takes minutes)"
+    )
 
 
 def processor() -> str:

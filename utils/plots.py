@@ -172,20 +172,83 @@ def finetuning_curves(
     dense_accuracy: float,
     data: str,
 ) -> Figure:
-    """One panel per slim network: accuracy in % over the epochs, from the cut (epoch 0) on."""
-    figure, axes = _panels(len(histories), sharey=True, width=5.0, height=3.8)
-    for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
+    """One panel per slim network, three a row: accuracy in % over the epochs, from the cut on."""
+    columns = min(3, len(histories))
+    rows = -(-len(histories) // columns)
+    figure, axes = _panels(columns, rows, sharey=True, width=3.4, height=2.9)
+    for ax in axes.flat[len(histories) :]:
+        ax.axis("off")
+    for ax, (name, history) in zip(axes.flat, histories.items(), strict=False):
         epochs = range(1, len(history["lr"]) + 1)
-        ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training accuracy")
+        ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training")
         test = [right_after[name], *history["test_accuracy"]]
-        ax.plot(range(len(test)), test, color=TEST, label="test accuracy (0: right after the cut)")
+        ax.plot(range(len(test)), test, color=TEST, label="test (0: right after the cut)")
         ax.axhline(dense_accuracy, color="gray", linestyle=":", label="dense network, test")
-        ax.set(title=f"{name}: {test[-1]:.2f} % at the end", xlabel="epoch")
+        ax.set(title=f"{name}: {test[-1]:.2f} %", xlabel="epoch", xlim=(0, len(epochs)))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("accuracy (%)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy (%)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"Fine-tuning the slim networks on {data}")
+    return figure
+
+
+class LiveCurve:
+    """Accuracy and sparsity of a training under way, drawn anew in place after each epoch.
+
+    Call it with the history so far. `before`: the test accuracy in % at epoch 0, if there is one.
+    """
+
+    def __init__(self, title: str, before: float | None = None) -> None:
+        self.title, self.before, self.shown = title, before, None
+
+    def __call__(self, history) -> None:
+        from IPython.display import display  # only a notebook has a place to draw it
+
+        figure, ((ax,),) = _panels(1, width=4.6, height=2.4)
+        epochs = range(1, len(history) + 1)
+        ax.plot(epochs, history.train_accuracy, color=TRAIN, marker=".", label="training accuracy")
+        before = [] if self.before is None else [(0, self.before)]
+        test = [*before, *zip(epochs, history.test_accuracy, strict=True)]
+        ax.plot(*zip(*test, strict=True), color=TEST, marker=".", label="test accuracy")
+        share = 100 * np.asarray(history.sparsity)
+        ax.plot(epochs, share, color=SPARSITY, linestyle="--", label="sparsity")
+        ax.set(title=self.title, xlabel="epoch", ylabel="%", ylim=(0, 103))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7, loc="center right")
+        if self.shown is None:
+            self.shown = display(figure, display_id=True)
+        else:
+            self.shown.update(figure)
+
+
+def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) -> Figure:
+    """Every network on every runtime as a point: rows of `network`, `runtime`, `accuracy` in % and
+    `seconds` for one image."""
+    figure, ((ax,),) = _panels(1, width=7.5, height=4.2)
+    runtimes = dict.fromkeys(p["runtime"] for p in points)
+    networks = dict.fromkeys(p["network"] for p in points)
+    colors = dict(zip(networks, plt.cm.tab10.colors, strict=False))
+    markers = dict(zip(runtimes, "osD^", strict=False))
+    for p in points:
+        ax.plot(
+            1e3 * p["seconds"], p["accuracy"], linestyle="none", markersize=8,
+            color=colors[p["network"]], marker=markers[p["runtime"]],
+        )  # fmt: skip
+    for name, color in colors.items():
+        ax.plot([], [], color=color, linewidth=4, label=name)
+    for name, marker in markers.items():
+        ax.plot([], [], color="black", marker=marker, linestyle="none", label=name)
+    ax.set(
+        xscale="log",
+        xlabel="latency of one image (ms, log scale)",
+        ylabel="test accuracy (%)",
+        title=f"What pruning and 8 bits bring: {data}",
+    )
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

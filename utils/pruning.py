@@ -1,28 +1,27 @@
 """γ → one global threshold → cfg_mask and cfg → a slim network (Liu et al. 2017, section 3)."""
 
 import copy
-import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.vgg import VGG
-from utils.sparsity import bn_layers
+from utils import cost
 
 
 @dataclass(frozen=True, eq=False)
 class PruningPlan:
     """Which channels stay. Made by `plan_pruning`, applied by `mask` and `slim`."""
 
-    pruning_ratio: float
-    """The share of channels asked for."""
-    threshold: float
-    """The global cut on |γ|: channels below it go, but for those that a layer's floor keeps."""
-    cfg: list[int | str]
-    """Kept widths with 'M', as `VGG(cfg)` takes it."""
-    cfg_mask: list[Tensor]
-    """One BoolTensor per BN layer: True = keep, False = prune."""
+    pruning_ratio: float  # of the channels, as asked; if a share of the MACs was asked, as realised
+    threshold: float  # global cut on |γ|: what is below goes, but for what a layer's floor keeps
+    cfg: list[int | str]  # kept widths with 'M', as `VGG(cfg)` takes it
+    cfg_mask: list[Tensor]  # one BoolTensor per BN layer: True = keep, False = prune
+    mass_cut: float  # share of Σ|γ| that the pruned channels hold
+    macs: float | None = None  # share of the MACs asked for, if one was
+    realised_macs: float | None = None  # share of the MACs that the slim network then has
 
     @property
     def kept(self) -> int:
@@ -37,100 +36,100 @@ class PruningPlan:
         return 1 - self.kept / self.total
 
     def __str__(self) -> str:
-        return (
-            f"asked to prune {self.pruning_ratio:.1%}, pruned {self.realised_ratio:.2%}: "
+        asked = f"asked to prune {self.pruning_ratio:.1%}"
+        if self.macs is not None:
+            asked = f"asked to keep {self.macs:.2%} of the MACs, kept {self.realised_macs:.2%}"
+        stay = (
             f"{self.kept:,} of {self.total:,} channels stay, threshold |γ| = {self.threshold:.2e}"
         )
+        return f"{asked}, pruned {self.realised_ratio:.2%}: {stay}"
 
 
-def _floor(width: int, min_channels: int | float) -> int:
-    """Channels that a layer of `width` must keep: a number, or a share of the layer."""
-    if isinstance(min_channels, float):
-        # Rounded first: 0.07 · 100 is 7.000000000000001 in binary.
-        min_channels = math.ceil(round(min_channels * width, 9))
-    return min(width, max(1, min_channels))
+_ALLOWED = {
+    "pruning_ratio": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "macs": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "min_channels": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
+}
 
 
-def _to_multiple(kept: int, floor: int, width: int, multiple: int) -> int:
-    """The multiple nearest to `kept` that is not below the floor, or the whole layer."""
-    if kept == width:
-        return width
-    least = math.ceil(floor / multiple)
-    return min(width, multiple * max(least, round(kept / multiple)))
+def _number(field: str, value: object) -> float:
+    """`value` as Python's own number, also where it comes from numpy or torch."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    (inside, words), real = _ALLOWED[field], isinstance(value, int | float)
+    if real and not isinstance(value, bool) and inside(value):
+        return value
+    hint = f"; did you mean {value / 100:g}?" if real and value > 1 and inside(value / 100) else ""
+    raise ValueError(f"{field} = {value!r}: must be {words}{hint}")
 
 
-def largest_ratio(model: VGG, min_channels: int | float = 1) -> float:
+def largest_ratio(model: VGG, min_channels: int = 1) -> float:
     """The largest pruning ratio for which each layer can keep its floor of `min_channels`."""
-    widths = [bn.num_features for bn in bn_layers(model)]
-    return 1 - sum(_floor(width, min_channels) for width in widths) / sum(widths)
+    floor = _number("min_channels", min_channels)
+    widths = [bn.num_features for _, bn in model.blocks()]
+    return 1 - sum(min(width, floor) for width in widths) / sum(widths)
 
 
 def plan_pruning(
-    model: VGG, pruning_ratio: float, *, min_channels: int | float = 1, multiple_of: int = 1
+    model: VGG,
+    pruning_ratio: float | None = None,
+    *,
+    macs: float | None = None,
+    min_channels: int = 1,
 ) -> PruningPlan:
-    """Choose the round(n·pruning_ratio) channels with the smallest |γ| in the whole network.
+    """Choose the channels with the smallest |γ| in the whole network: round(n·pruning_ratio) of its
+    n channels, or as few as leave at most the share `macs` of its MACs (for a 32×32 image).
 
-    `min_channels` is a floor for every layer, as a number (int) or as a share of the layer (float;
-    0.5 is the cap of the paper's multi-pass scheme, at most half of a layer a pass). What a floor
-    keeps is pruned elsewhere, so the count stays exact. Equal |γ| go in forward order, first first.
-    `multiple_of` then rounds each layer's width (8 suits a GPU): `realised_ratio` says what became
-    of the request.
-
-    Raises ValueError for a ratio outside [0, 1), γ that are not finite, or floors that leave too
-    little to prune.
+    Each layer keeps its `min_channels` largest (a narrower one all); what that floor keeps is
+    pruned elsewhere. Equal |γ| go in forward order, first first. Raises ValueError for a value
+    outside its range, both shares or none, γ that are not finite, and floors that forbid the cut.
     """
-    if not 0 <= pruning_ratio < 1:
-        raise ValueError(f"pruning_ratio = {pruning_ratio!r}: must be at least 0 and below 1")
-    if isinstance(min_channels, bool) or not min_channels >= 0:
-        raise ValueError(f"min_channels = {min_channels!r}: must be 0 or more")
-    if isinstance(min_channels, float) and min_channels > 1:
-        raise ValueError(f"min_channels = {min_channels!r}: as a share it must be at most 1.0")
-    if not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ValueError(f"multiple_of = {multiple_of!r}: must be a whole number of at least 1")
+    if (pruning_ratio is None) == (macs is None):
+        raise ValueError(f"pruning_ratio = {pruning_ratio!r}, macs = {macs!r}: give exactly one")
+    floor = _number("min_channels", min_channels)
+    if macs is None:
+        return _plan_by_ratio(model, _number("pruning_ratio", pruning_ratio), floor)
+    return _plan_by_macs(model, _number("macs", macs), floor)
 
-    gammas = [bn.weight.detach().abs().cpu() for bn in bn_layers(model)]
-    ordered, order = torch.sort(torch.cat(gammas), stable=True)  # ascending, ties in forward order
-    if not ordered.isfinite().all():
+
+def _plan_by_ratio(model: VGG, pruning_ratio: float, floor: int) -> PruningPlan:
+    gammas = [bn.weight.detach().abs().cpu() for _, bn in model.blocks()]
+    gamma = torch.cat(gammas)
+    if not gamma.isfinite().all():
         raise ValueError("the network has scaling factors γ that are not finite; it has diverged")
-
-    protected = [_largest(g, _floor(len(g), min_channels)) for g in gammas]
-    prunable = ~torch.cat(protected)[order]
-
-    count = round(len(order) * pruning_ratio)
-    if count > prunable.sum():
-        raise ValueError(
-            f"pruning_ratio = {pruning_ratio}: {count} of {len(order)} channels would go, but "
-            f"min_channels = {min_channels} keeps all but {int(prunable.sum())}; lower one of them"
-        )
-    pruned = order[prunable][:count]
-    keep = torch.ones_like(order, dtype=torch.bool)
-    keep[pruned] = False
+    ordered, order = gamma.sort(stable=True)  # ascending, ties in forward order
+    beside_floor = torch.cat([g.argsort(stable=True).argsort() < len(g) - floor for g in gammas])
+    prunable = beside_floor[order].nonzero().flatten()  # places in that order
+    count = round(len(gamma) * pruning_ratio)
+    if count > len(prunable):
+        most = f"min_channels = {floor} lets only {len(prunable)} of {len(gamma)} channels go"
+        raise ValueError(f"pruning_ratio = {pruning_ratio}: {most}, not {count}; lower either")
+    keep = torch.ones_like(gamma, dtype=torch.bool)
+    keep[order[prunable[:count]]] = False
     cfg_mask = list(keep.split([len(g) for g in gammas]))
-    if multiple_of > 1:
-        cfg_mask = [
-            _largest(
-                g, _to_multiple(int(m.sum()), _floor(len(g), min_channels), len(g), multiple_of)
-            )
-            for g, m in zip(gammas, cfg_mask, strict=True)
-        ]
     widths = iter(int(m.sum()) for m in cfg_mask)
     cfg = [v if v == "M" else next(widths) for v in model.cfg]
-    threshold = _halfway(torch.cat(gammas), keep) if count else 0.0
-    return PruningPlan(pruning_ratio, threshold, cfg, cfg_mask)
+    # Halfway between the last |γ| that goes and the next one, which stays.
+    threshold = ordered[prunable[count - 1] :][:2].mean().item() if count else 0.0
+    mass_cut = (gamma[~keep].double().sum() / gamma.double().sum()).nan_to_num().item()
+    return PruningPlan(pruning_ratio, threshold, cfg, cfg_mask, mass_cut)
 
 
-def _halfway(gamma: Tensor, keep: Tensor) -> float:
-    """Between the largest |γ| that goes and the next larger that stays."""
-    last = gamma[~keep].max()
-    above = gamma[keep & (gamma >= last)]
-    return ((last + above.min()) / 2 if len(above) else last).item()
+def _plan_by_macs(model: VGG, macs: float, floor: int) -> PruningPlan:
+    """The plan by ratio that prunes the fewest channels, of those that leave at most `macs`."""
+    total, whole = sum(bn.num_features for _, bn in model.blocks()), cost.macs(model)
 
+    def plan(count: int) -> PruningPlan:
+        by_ratio = _plan_by_ratio(model, 1 - (total - count) / total, floor)
+        with torch.device("meta"):  # shapes are enough
+            left = cost.macs(VGG(by_ratio.cfg, num_classes=model.classifier.out_features))
+        return replace(by_ratio, macs=macs, realised_macs=left / whole)
 
-def _largest(gamma: Tensor, count: int) -> Tensor:
-    """True for the `count` largest of a layer: those that the global order would prune last."""
-    keep = torch.zeros_like(gamma, dtype=torch.bool)
-    keep[gamma.sort(stable=True).indices[len(gamma) - count :]] = True
-    return keep
+    most = round(total * largest_ratio(model, floor))
+    chosen = plan(bisect_left(range(most), True, key=lambda n: plan(n).realised_macs <= macs))
+    if chosen.realised_macs > macs:
+        least = f"min_channels = {floor} keeps {chosen.realised_macs:.3%} of the MACs"
+        raise ValueError(f"macs = {macs}: {least}; raise the one or lower the other")
+    return chosen
 
 
 def _check_fits(model: VGG, plan: PruningPlan) -> None:
@@ -142,14 +141,12 @@ def _check_fits(model: VGG, plan: PruningPlan) -> None:
 
 def mask(model: VGG, plan: PruningPlan) -> VGG:
     """A copy of `model`, same shape, with γ and β of the pruned channels set to 0: it computes what
-    the slim network computes."""
+    the slim network computes. Raises ValueError if the plan is for a network of other widths."""
     _check_fits(model, plan)
     masked = copy.deepcopy(model)
     with torch.no_grad():
-        for bn, keep in zip(bn_layers(masked), plan.cfg_mask, strict=True):
-            pruned = ~keep.to(bn.weight.device)
-            bn.weight[pruned] = 0
-            bn.bias[pruned] = 0
+        for (_, bn), keep in zip(masked.blocks(), plan.cfg_mask, strict=True):
+            bn.weight[~keep] = bn.bias[~keep] = 0
     return masked
 
 
@@ -158,28 +155,26 @@ def slim(model: VGG, plan: PruningPlan) -> VGG:
 
     A convolution keeps the rows of its own surviving channels (`out_idx`) and the columns of those
     of the layer before (`in_idx`); BN keeps γ, β, running mean and variance of `out_idx`; the
-    classifier keeps the columns of the last layer's channels.
+    classifier keeps the columns of the last layer's channels. Raises ValueError as `mask` does.
     """
     _check_fits(model, plan)
     reference = model.classifier.weight
     with torch.device("meta"):  # no memory and no random numbers: every weight is copied below
         slimmed = VGG(plan.cfg, num_classes=model.classifier.out_features)
     slimmed = slimmed.to(reference.dtype).to_empty(device=reference.device).train(model.training)
-    in_idx = torch.arange(3, device=reference.device)  # the colour channels all stay
-    out_masks = iter(plan.cfg_mask)
+    in_idx = torch.arange(3)  # the colour channels all stay
+    pairs = zip(model.blocks(), slimmed.blocks(), plan.cfg_mask, strict=True)
     with torch.no_grad():
-        for old, new in zip(model.feature, slimmed.feature, strict=True):
-            if isinstance(old, nn.Conv2d):
-                # Index tensors keep both axes even where one channel is left.
-                out_idx = next(out_masks).nonzero().flatten().to(reference.device)
-                new.weight.copy_(old.weight[out_idx][:, in_idx])
-                new.padding_mode = old.padding_mode
-                in_idx = out_idx
-            elif isinstance(old, nn.BatchNorm2d):
-                for name in ("weight", "bias", "running_mean", "running_var"):
-                    getattr(new, name).copy_(getattr(old, name)[out_idx])
-                new.num_batches_tracked.copy_(old.num_batches_tracked)
-                new.eps, new.momentum = old.eps, old.momentum
+        for (conv, bn), (new_conv, new_bn), keep in pairs:
+            # Index tensors keep both axes even where one channel is left.
+            out_idx = keep.nonzero().flatten()
+            new_conv.weight.copy_(conv.weight[out_idx][:, in_idx])
+            new_conv.padding_mode = conv.padding_mode
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(new_bn, name).copy_(getattr(bn, name)[out_idx])
+            new_bn.num_batches_tracked.copy_(bn.num_batches_tracked)
+            new_bn.eps, new_bn.momentum = bn.eps, bn.momentum
+            in_idx = out_idx
         slimmed.classifier.weight.copy_(model.classifier.weight[:, in_idx])
         slimmed.classifier.bias.copy_(model.classifier.bias)
     return slimmed

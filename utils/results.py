@@ -1,114 +1,220 @@
-"""figures/<profile>/results.json: every number of a run, with the profile and machine behind it."""
+"""figures/<run>/results.json: every number of a run, and the tables that show them.
 
-import argparse
+python -m utils.results figures/quick        # print the tables
+python -m utils.results README.md            # make the tables quoted in a file anew
+"""
+
+import hashlib
 import json
-import os
+import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import torch
 
-from utils.checkpoint import file_lock, write_whole
-from utils.config import Profile
+from utils.files import file_lock, write_whole
 from utils.machine import describe_machine
+from utils.runs import Run
 
 FILE = "results.json"
+NOTEBOOKS = ("sparsity_train", "vggprune", "train_prune_model")
+"""The sections of the file, one per notebook, each of which builds on those before it."""
+FORMATS = {
+    "λ": "{:g}",
+    "pruned": "{}",
+    "training accuracy (%)": "{:.2f}",
+    "test accuracy (%)": "{:.2f}",
+    "sparsity": "{:.3f}",
+    "median |γ|": "{:.1e}",
+    "parameters": "{:,}",
+    "MACs (M)": "{:.2f}",
+    "file (kB)": "{:,.0f}",
+}
+"""How a column is written; accuracies and milliseconds, and what is not named here: two places."""
+QUOTED = re.compile(
+    r"(<!-- python -m utils\.results (\S+) (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.S
+)
 
 
-def record(
-    folder: Path, section: str, values: dict, *, profile: Profile, device: torch.device | str
-) -> None:
-    """Set `section` of the results in `folder` (one per notebook), keeping the others."""
-    path = folder / FILE
+def record(run: Run, notebook: str, values: dict, device: torch.device | str) -> None:
+    """Set the section `notebook` of the run's results, keeping those of the same run.
+
+    Sections of another run, or of an earlier cut, are left out from then on, with a word.
+    """
+    path = run.figures / FILE
     with file_lock(path):  # between reading and writing, for two notebooks may end at once
-        results = read(folder) if path.exists() else {}
-        results[section] = {
-            "profile": asdict(profile),
+        results = read(run.figures) if path.exists() else {}
+        results[notebook] = {
+            "run": run.id,
+            "profile": asdict(run.profile),
+            "data": run.data["name"],
             "machine": describe_machine(device),
-            "command": os.environ.get("LAB_COMMAND", "the notebook, opened by hand"),
             **values,
         }
+        for other in NOTEBOOKS:
+            if other == NOTEBOOKS[2] == notebook:
+                results[notebook]["cut"] = _cut(results)
+            if other in results and (why := foreign(results, other, run.id)):
+                print(f"{path}: {other}.ipynb {why}: its old results are left out, run it again")
+                del results[other]
         text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
         write_whole(path, text.encode("utf-8"))
 
 
-def read(folder: Path) -> dict:
-    """All results in `folder`. Raises ValueError if the file is not JSON."""
-    path = folder / FILE
+def foreign(results: dict, notebook: str, run_id: str) -> str:
+    """Why the section `notebook` does not belong to the run `run_id`; "" if it does."""
+    section = results[notebook]
+    if section.get("run") != run_id:
+        return "has shown another run"
+    if notebook == NOTEBOOKS[2] and section.get("cut") != _cut(results):
+        return "has shown the networks of an earlier cut"
+    return ""
+
+
+def _cut(results: dict) -> str:
+    cuts = results.get(NOTEBOOKS[1], {}).get("cuts")
+    names = ("l1_lambda", "pruning_ratio", "min_channels", "cfg")
+    said = [[c.get(name) for name in names] for c in cuts or () if isinstance(c, dict)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def read(folder: str | Path) -> dict:
+    """The results in `folder`. Raises ValueError, naming the way out, if there are none to read."""
+    path = Path(folder) / FILE if Path(folder).name != FILE else Path(folder)
+    if not path.exists():
+        raise ValueError(f"{path.resolve()}: no results here; give the folder figures/<run>")
     try:
-        return json.loads(path.read_text("utf-8"))
+        results = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); delete it") from None
+        raise ValueError(
+            f"{path.resolve()}: not readable as JSON ({error}); move it away"
+        ) from None
+    sound = isinstance(results, dict) and all(
+        isinstance(results[name], dict) for name in results.keys() & {*NOTEBOOKS}
+    )
+    if not sound:
+        raise ValueError(f"{path.resolve()}: not the results of a run; move it away")
+    return results
 
 
-def report(folder: Path) -> str:
-    """What the notebooks found, as tables in Markdown; none for a notebook that has not run."""
+def formatted(rows: list[dict]) -> pd.DataFrame:
+    """Rows as a table of text, each column in its format, indexed by the first; "" for nothing."""
+
+    def text(column: str, value: object) -> str:
+        if value is None or value == "":
+            return ""
+        form = FORMATS.get(column, "{:.2f}" if isinstance(value, float) else "{}")
+        return form.format(value)
+
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    texts = [{c: text(c, row.get(c)) for c in columns} for row in rows]
+    return pd.DataFrame(texts, columns=columns).set_index(columns[0])
+
+
+def tables(results: dict) -> dict[str, pd.DataFrame]:
+    """The tables of a run by name: training, cuts, networks, ways; none for what has not run.
+
+    Raises ValueError if a section lacks what its table shows.
+    """
+    try:
+        rows = _rows(*(results.get(name, {}) for name in NOTEBOOKS))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{FILE}: a section lacks {error}; run its notebook again") from None
+    return {name: formatted(found) for name, found in rows.items() if found}
+
+
+def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
+    rungs = ("before the cut", "raw cut", "β absorbed", "BN recalibrated",
+             "β absorbed, BN recalibrated")  # fmt: skip
+    return {
+        "training": [
+            {
+                "λ": r["l1_lambda"],
+                "training accuracy (%)": r["train_accuracy"][-1],
+                "test accuracy (%)": r["test_accuracy"][-1],
+                "sparsity": r["sparsity"][-1],
+            }
+            for r in trained.get("runs", [])
+        ],
+        "cuts": [
+            {"pruned": f"{100 * c['pruning_ratio']:g}%"} | {name: c[name] for name in rungs}
+            for c in cut.get("cuts", [])
+        ],
+        "networks": [
+            {k: v for k, v in row.items() if k != "stage"} for row in tuned.get("table", [])
+        ],
+        "ways": tuned.get("ways", []),
+    }
+
+
+def report(folder: str | Path) -> str:
+    """What the notebooks found, as tables in Markdown; what is missing or foreign is said."""
     results = read(folder)
-
-    def rows(section: str, values: str) -> list[dict]:
-        return results.get(section, {}).get(values, [])
-
-    trained = [
-        {
-            "λ": f"{run['l1_lambda']:g}",
-            "training accuracy (%)": f"{run['train_accuracy'][-1]:.2f}",
-            "test accuracy (%)": f"{run['test_accuracy'][-1]:.2f}",
-            "sparsity": f"{run['sparsity'][-1]:.3f}",
-        }
-        for run in rows("sparsity_train", "runs")
-    ]
-    rungs = (
-        "before the cut", "raw cut", "β absorbed", "BN recalibrated", "β absorbed, BN recalibrated"
-    )  # fmt: skip
-    cuts = [
-        {"pruned": f"{100 * cut['pruning_ratio']:g}%"}
-        | {rung: f"{cut[rung]:.2f}" for rung in rungs}
-        for cut in rows("vggprune", "cuts")
-    ]
-    networks = [
-        {
-            "network": row["network"],
-            "raw cut (%)": f"{row['raw cut (%)']:.2f}" if row.get("raw cut (%)") else "",
-            "test accuracy (%)": f"{row['test accuracy (%)']:.2f}",
-            "parameters": f"{row['parameters']:,}",
-            "MACs (M)": f"{row['MACs (M)']:.2f}",
-            "file (kB)": f"{row['file (kB)']:,}",
-            "batch of 1 (ms)": f"{row['batch of 1 (ms)']:.2f}",
-            "batch of 256 (ms)": f"{row['batch of 256 (ms)']:.1f}",
-        }
-        for row in rows("train_prune_model", "table")
-    ]
-    ingredients = [
-        {
-            "fine-tuned in other ways": row["network"],
-            "schedule": row["schedule"],
-            "distillation": f"{row['distillation']:g}",
-            "right after the cut (%)": f"{row['right after the cut (%)']:.2f}",
-            "fine-tuned (%)": f"{row['fine-tuned (%)']:.2f}",
-        }
-        for row in rows("train_prune_model", "ingredients")
-    ]
-    tables = (trained, cuts, networks, ingredients)
-    return "\n\n".join(_markdown(table) for table in tables if table)
+    # A run that cuts what another trained (save_as) has no section of the first notebook.
+    run_id = next((results[name].get("run") for name in NOTEBOOKS if name in results), None)
+    said = []
+    for name in NOTEBOOKS:
+        why = foreign(results, name, run_id) if name in results else "has not run"
+        if why:
+            said.append(f"{name}.ipynb {why}.")
+            results.pop(name, None)
+    return "\n\n".join([*map(markdown, tables(results).values()), *said])
 
 
-def _markdown(rows: list[dict[str, str]]) -> str:
-    """Rows as a table that reads well as Markdown and as plain text; figures to the right."""
-    columns = list(rows[0])
-    width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
-    first, *others = columns
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown that also reads well as plain text; figures to the right."""
+    align = ("left", *["right"] * len(table.columns))
+    return table.to_markdown(colalign=align, disable_numparse=True)
+
+
+def refresh(text: str) -> str:
+    """`text` with every quoted table made anew from the results that its marker names.
+
+    Raises ValueError where there is no such table.
+    """
+
+    def quote(match: re.Match) -> str:
+        found = tables(read(match[2]))
+        if match[3] not in found:
+            raise ValueError(f"{match[2]}: no table {match[3]!r}, there are {', '.join(found)}")
+        return match[1] + markdown(found[match[3]]) + match[4]
+
+    return QUOTED.sub(quote, text)
+
+
+def write_page(folder: Path) -> None:
+    """README.md in `folder`: whose results these are, the tables, the pictures."""
+    results = read(folder)
+    section = next((results[name] for name in NOTEBOOKS if name in results), {})
+    profile, machine = section.get("profile", {}), section.get("machine", {})
     lines = [
-        [first.ljust(width[first]), *(c.rjust(width[c]) for c in others)],
-        ["-" * width[first], *("-" * (width[c] - 1) + ":" for c in others)],
-        *(
-            [row[first].ljust(width[first]), *(row[c].rjust(width[c]) for c in others)]
-            for row in rows
-        ),
+        f"# {folder.name}",
+        f"{section.get('data')}, VGG-{profile.get('depth')} at width {profile.get('width')}, "
+        f"{profile.get('epochs')} + {profile.get('finetune_epochs')} epochs, seed "
+        f"{profile.get('seed')}, {profile.get('precision')}, last epoch. "
+        + ", ".join(f"{name} {value}" for name, value in machine.items()),
+        report(folder),
+        *(f"![{p.stem.replace('_', ' ')}]({p.name})" for p in sorted(folder.glob("*.png"))),
+        "*Written by `python -m utils.results`, from results.json.*",
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    write_whole(folder / "README.md", ("\n\n".join(lines) + "\n").encode("utf-8"))
+
+
+def main(argument: str) -> None:
+    path = Path(argument)
+    if path.suffix == ".md":
+        write_whole(path, refresh(path.read_text("utf-8")).encode("utf-8"))
+    else:
+        write_page(path)
+        print(report(path))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the tables of a run.")
-    parser.add_argument("folder", type=Path, help="figures/<profile>")
-    print(report(parser.parse_args().folder))
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1])
+    except ValueError as error:
+        sys.exit(str(error))

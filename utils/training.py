@@ -1,82 +1,55 @@
-"""fit() and evaluate(): what training is. How a step is computed fast is engine.py's matter."""
+"""fit() and evaluate(): load, loop, save. One step of it is step.py's matter."""
 
-import glob
 import math
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.vgg import VGG
-from utils.checkpoint import Checkpoint, CheckpointError, file_lock, load, save
+from utils.checkpoint import Checkpoint, save
 from utils.config import Profile
-from utils.data import ImageData, digest
-from utils.engine import Engine, TrainStep, choose_engine, emulates_bfloat16
-from utils.machine import describe_machine
-from utils.sparsity import sparsity
+from utils.data import ImageData
+from utils.engine import choose_engine, make_step
+from utils.resume import History, only_writer, resume, training_settings
+from utils.sparsity import add_l1_subgradient, sparsity
+from utils.step import Penalty, TrainStep
 
 EXPLODED = 100.0
 """A mean loss this many times that of guessing means that the run has diverged."""
-
-SETTINGS = (
-    "epochs",
-    "lr",
-    "schedule",
-    "batch_size",
-    "momentum",
-    "nesterov",
-    "weight_decay",
-    "crop_padding",
-    "flip",
-    "seed",
-)
-"""The fields of a profile that decide what a training run computes."""
 
 
 class DivergenceError(RuntimeError):
     """The loss or a weight is no longer a sensible number."""
 
 
-@dataclass
-class History:
-    """One entry per finished epoch; accuracies in %, sparsity from 0 to 1."""
+class Stopped(KeyboardInterrupt):
+    """The stop button: a notebook shows one line instead of a traceback."""
 
-    lr: list[float] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
-    train_accuracy: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    sparsity: list[float] = field(default_factory=list)
-
-    def append(self, **values: float) -> None:
-        for name, value in values.items():
-            getattr(self, name).append(value)
-
-    def __len__(self) -> int:
-        return len(self.lr)
-
-    def line(self, epoch: int, epochs: int) -> str:
-        """One epoch, which counts from 0, as a line to print."""
-        return (
-            f"epoch {epoch + 1:3d}/{epochs}   lr {self.lr[epoch]:.4f}   "
-            f"loss {self.train_loss[epoch]:.3f}   train {self.train_accuracy[epoch]:5.2f} %   "
-            f"test {self.test_accuracy[epoch]:5.2f} %   sparsity {self.sparsity[epoch]:.3f}"
-        )
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, and accuracy in %."""
+    """Mean cross-entropy, accuracy in %, and how many of how many images were right."""
 
     loss: float
     accuracy: float
+    correct: int
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"Average loss: {self.loss:.4f}, Accuracy: {self.correct}/{self.images} "
+            f"({self.accuracy:.2f} %)"
+        )
 
 
 def learning_rate(profile: Profile, epoch: int) -> float:
@@ -112,7 +85,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Eval
     if not isinstance(totals, Tensor):
         raise ValueError("evaluate: no batches given; pass at least one batch of images")
     loss, correct, count = totals.tolist()
-    return Evaluation(loss / count, 100 * correct / count)
+    return Evaluation(loss / count, 100 * correct / count, int(correct), int(count))
 
 
 def fit(
@@ -121,73 +94,93 @@ def fit(
     profile: Profile,
     *,
     l1_lambda: float = 0.0,
+    penalty: Penalty = add_l1_subgradient,
     checkpoint: str | Path | None = None,
     teacher: VGG | None = None,
-    engine: Engine | None = None,
     kind: str = "trained",
+    label: str = "",
+    on_epoch: Callable[[History], None] | None = None,
+    save_every: float = 60.0,
 ) -> History:
     """Train `model` in place, on its device: SGD on loss + λ·Σ|γ| (Liu et al. 2017, eq. 1).
 
-    With `checkpoint`, every finished epoch is saved there as a file of this `kind`. Called again,
-    the run goes on after the last one, and a run that is finished just loads. `teacher` adds its
-    predictions to the targets, weighted by `profile.distillation`.
+    `penalty(model, l1_lambda)` adds the penalty's gradient to γ.grad. `teacher` adds its
+    predictions to the targets, weighted by `profile.distillation`. With `checkpoint`, the last
+    finished epoch is saved there as a file of this `kind`: at the end, and before it at most every
+    `save_every` seconds. Called again, the run goes on after it; a run that is finished just
+    loads. `label` names the training on the progress bar; `on_epoch` is called after each epoch.
 
     Raises ValueError for λ < 0 or data that do not fit the model; CheckpointError if the file was
     made with other settings, and which; DivergenceError if the run diverges: the file then holds
-    the last sound epoch; MemoryError if a GPU is too small for the batch.
+    the last sound epoch saved; MemoryError if a GPU is too small for the batch; Stopped at the stop
+    button.
     """
     _require_fit(model, data, l1_lambda)
     device = next(model.parameters()).device
-    data = data.to(device)
-    if teacher is not None:
-        teacher = teacher.to(device)
-    settings = run_settings(model, data, profile, l1_lambda=l1_lambda, teacher=teacher)
-
-    history, saved = History(), None
-    with _only_writer(checkpoint):
-        if checkpoint and Path(checkpoint).exists():
-            saved = load(checkpoint, kind=kind)
-            history, begun_with = _run_of(saved, checkpoint)
-            _require_same(settings, saved.settings, checkpoint)
-            if profile.precision != "auto":
-                asked, made = ({"precision": e} for e in (profile.precision, begun_with.precision))
-                _require_same(asked, made, checkpoint)
-            model.load_state_dict(saved.state_dict)
-            engine = _available(begun_with, device) or engine
-            print(f"{checkpoint}: {len(history)} of {profile.epochs} epochs were done before")
-            for epoch in range(len(history)):
-                print(history.line(epoch, profile.epochs))
+    data, teacher = data.to(device), teacher and teacher.to(device)
+    engine = choose_engine(model, data, profile)
+    settings = training_settings(
+        model, data, profile, l1_lambda=l1_lambda, penalty=penalty, teacher=teacher
+    )
+    with only_writer(checkpoint):
+        history, state = resume(checkpoint, kind, settings, model)
         if len(history) == profile.epochs:
             return history
-        engine = engine or choose_engine(model, data, profile)
-        print(engine)
-        step = TrainStep(model, profile, engine, l1_lambda=l1_lambda, teacher=teacher)
-        if saved:
-            step.load_state_dict(saved.optimizer)
-        with _progress_bar(data, profile, done=len(history)) as bar:
-            for epoch in range(len(history), profile.epochs):
-                history.append(**_run_epoch(step, data, profile, epoch, bar))
-                bar.write(history.line(epoch, profile.epochs), file=sys.stdout)
-                if checkpoint:
-                    done = Checkpoint(
-                        kind=kind,
-                        cfg=model.cfg,
-                        state_dict=model.state_dict(),
-                        settings=settings,
-                        history=asdict(history),
-                        optimizer=step.state_dict(),
-                        made_on=describe_machine(device),
-                    )
-                    save(checkpoint, done)
+        print(f"{label or kind}: {engine}")
+        step = make_step(
+            model, profile, engine, l1_lambda=l1_lambda, penalty=penalty, teacher=teacher
+        )
+        if state:
+            step.load_state_dict(state)
+
+        def save_now() -> None:
+            state = {} if len(history) == profile.epochs else step.state_dict()
+            weights = model.state_dict()
+            done = Checkpoint(kind, model.cfg, weights, settings, asdict(history), state)
+            save(checkpoint, done)
+
+        keep = save_now if checkpoint else None
+        _loop(step, data, profile, history, label, on_epoch, keep, save_every)
     return history
 
 
-def _require_fit(model: VGG, data: ImageData, l1_lambda: float) -> None:
-    if isinstance(l1_lambda, bool) or not (math.isfinite(l1_lambda) and l1_lambda >= 0):
-        raise ValueError(f"l1_lambda = {l1_lambda!r}: must be a finite number of at least 0")
-    outputs = model.classifier.out_features
-    if outputs != len(data.classes):
-        raise ValueError(f"num_classes = {outputs}: the data have {len(data.classes)} classes")
+def _loop(
+    step: TrainStep,
+    data: ImageData,
+    profile: Profile,
+    history: History,
+    label: str,
+    on_epoch: Callable[[History], None] | None,
+    save_now: Callable[[], None] | None,
+    save_every: float,
+) -> None:
+    """The epochs that `history` lacks; each is appended to it, printed, and saved when due."""
+    saved, saved_at = len(history), time.monotonic()
+    batches = len(data.train_batch_sizes(profile.batch_size))
+    bar = tqdm(
+        desc=label,
+        total=profile.epochs * batches,
+        initial=len(history) * batches,
+        unit="step",
+        smoothing=0,  # the time left from the mean speed, tests after each epoch included
+        mininterval=0.5,
+        leave=False,
+        file=sys.stdout,
+    )
+    with bar:
+        try:
+            for epoch in range(len(history), profile.epochs):
+                history.append(**_run_epoch(step, data, profile, epoch, bar))
+                bar.write(history.line(profile.epochs), file=sys.stdout)
+                late = time.monotonic() - saved_at >= save_every
+                if save_now and (late or len(history) == profile.epochs):
+                    save_now()
+                    saved, saved_at = len(history), time.monotonic()
+                if on_epoch:
+                    on_epoch(history)
+        except KeyboardInterrupt:
+            kept = f"{saved} of {profile.epochs} epochs are saved" if save_now else "nothing saved"
+            raise Stopped(f"stopped; {kept}; run this cell again to go on") from None
 
 
 def _run_epoch(
@@ -204,9 +197,13 @@ def _run_epoch(
         crop_padding=profile.crop_padding,
         flip=profile.flip,
     )
-    for images, labels in batches:
-        step(images, labels)
-        bar.update()
+    try:
+        for images, labels in batches:
+            step(images, labels)
+            bar.update()
+    except torch.cuda.OutOfMemoryError as error:
+        size = profile.batch_size
+        raise MemoryError(f"batch_size = {size}: too large for this GPU; lower it") from error
     loss, accuracy = step.read()
     test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
     _require_sound(step.model, loss, test.loss, step.l1_lambda, lr, epoch)
@@ -220,107 +217,13 @@ def _run_epoch(
     }
 
 
-def forecast(seconds: float, what: str) -> str:
-    """A sentence: `what` takes `seconds` on this machine, and what to choose if that is long."""
-    if seconds < 2 * 3600:
-        return f"{what} take about {max(1, round(seconds / 60))} min here"
-    return (
-        f"{what} take about {seconds / 3600:.0f} hours here. Shorter: fewer epochs, a GPU, "
-        "or a smaller profile (laptop is a sixteenth of the work of cifar10, quick takes minutes)"
-    )
-
-
-def run_settings(
-    model: VGG,
-    data: ImageData,
-    profile: Profile,
-    *,
-    l1_lambda: float = 0.0,
-    teacher: VGG | None = None,
-) -> dict:
-    """All that the result of `fit` follows from. Equal settings, equal run."""
-    settings = {name: getattr(profile, name) for name in SETTINGS}
-    settings |= {
-        "l1_lambda": l1_lambda,
-        "cfg": list(model.cfg),
-        "data": data.fingerprint,
-        "starting weights": weights_digest(model),
-    }
-    if teacher is not None:
-        settings["distillation"] = profile.distillation
-        settings["teacher weights"] = weights_digest(teacher)
-    return settings
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A short fingerprint of a network's weights and BN statistics: equal only for equal bits."""
-    return digest(list(model.state_dict().values()))
-
-
-def _require_same(wanted: dict, found: dict, path: str | Path) -> None:
-    differ = [
-        f"{name} = {found.get(name)!r}, now {wanted.get(name)!r}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-    if differ:
-        raise CheckpointError(
-            f"{path} was made with {'; '.join(differ)}. Set that back to go on with it, delete the "
-            "file to start anew, or set run_name: a run of its own, with files of its own."
-        )
-
-
-def _run_of(saved: Checkpoint, path: str | Path) -> tuple[History, Engine]:
-    """What a run needs to go on, but for weights and momentum, which `load` has checked."""
-    try:
-        return History(**saved.history), Engine(**saved.optimizer["engine"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: no training can go on from this file ({error}). Delete or replace it."
-        ) from error
-
-
-def _available(engine: Engine, device: torch.device) -> Engine | None:
-    """The engine that a run began with, if this device has it (on a CPU: to the last bit)."""
-    if engine.device != device.type:
-        return None
-    return None if engine.precision == "bfloat16" and emulates_bfloat16(device) else engine
-
-
-@contextmanager
-def _only_writer(checkpoint: str | Path | None) -> Iterator[None]:
-    """Hold a lock as long as this run writes `checkpoint`; the system frees it if the run dies."""
-    if not checkpoint:
-        yield
-        return
-    lock = file_lock(checkpoint, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CheckpointError(
-            f"{checkpoint}: another notebook is writing this file now. Stop that one or wait for "
-            "it, or set run_name: a run of its own."
-        ) from None
-    try:
-        path = Path(checkpoint)
-        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-            unfinished.unlink(missing_ok=True)  # of a run that was killed while saving
-        yield
-    finally:
-        lock.release()
-
-
-def _progress_bar(data: ImageData, profile: Profile, done: int) -> tqdm:
-    steps = math.ceil(len(data.train_labels) / profile.batch_size)
-    return tqdm(
-        total=profile.epochs * steps,
-        initial=done * steps,
-        unit="step",
-        smoothing=0,  # the time left from the mean speed, tests after each epoch included
-        mininterval=0.5,
-        leave=False,
-        file=sys.stdout,
-    )
+def _require_fit(model: VGG, data: ImageData, l1_lambda: float) -> None:
+    number = isinstance(l1_lambda, int | float) and not isinstance(l1_lambda, bool)
+    if not number or not (math.isfinite(l1_lambda) and l1_lambda >= 0):
+        raise ValueError(f"l1_lambda = {l1_lambda!r}: must be a finite number of at least 0")
+    outputs = model.classifier.out_features
+    if outputs != len(data.classes):
+        raise ValueError(f"num_classes = {outputs}: the data have {len(data.classes)} classes")
 
 
 def _require_sound(

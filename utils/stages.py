@@ -1,0 +1,277 @@
+"""The steps of the lab, as notebooks, tests and sweeps call them: train, choose, cut, fine-tune.
+
+Each is a call of the modules below plus the bookkeeping of a run: which file, which settings, what
+is there already. Called again, a step that is done just loads.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from models.vgg import VGG
+from utils.checkpoint import Checkpoint, load, save
+from utils.compensation import slim_repaired
+from utils.config import Profile
+from utils.data import ImageData
+from utils.prepare import folder_path
+from utils.pruning import PruningPlan, plan_pruning
+from utils.resume import History, weights_digest
+from utils.runs import Run, RunError
+from utils.sparsity import EPS, add_l1_subgradient, is_collapsed, scaling_factors, swing
+from utils.step import Penalty
+from utils.training import fit
+
+LEARNED = 0.8
+"""A network is worth cutting if it gained this share of the best one's gain over guessing."""
+
+
+class Trained(NamedTuple):
+    """A network in evaluation mode, on the device of the data, and how it came about."""
+
+    model: VGG
+    history: History
+
+
+class Verdict(NamedTuple):
+    """Whether a trained network is worth cutting, and why."""
+
+    works: bool
+    mass_cut: float
+    """Share of Σ|γ| that would go."""
+    reason: str
+
+
+def train(
+    run: Run,
+    data: ImageData,
+    l1_lambda: float,
+    *,
+    penalty: Penalty = add_l1_subgradient,
+    on_epoch: Callable[[History], None] | None = None,
+) -> Trained:
+    """The dense network of `run`, trained with `l1_lambda`; every λ starts from the same weights.
+
+    Raises what `fit` raises.
+    """
+    if run.trained_in:
+        raise RunError(f"the run {run.name} only cuts what {run.trained_in} trained")
+    profile = run.profile
+    torch.manual_seed(profile.seed)
+    model = VGG(profile.cfg, num_classes=len(data.classes)).to(data.train_images.device)
+    lambdas = list(profile.l1_lambdas)
+    of = f" ({lambdas.index(l1_lambda) + 1} of {len(lambdas)})" if l1_lambda in lambdas else ""
+    history = fit(
+        model, data, profile, l1_lambda=l1_lambda, penalty=penalty, on_epoch=on_epoch,
+        checkpoint=run.trained_file(l1_lambda), label=f"λ = {l1_lambda:g}{of}",
+    )  # fmt: skip
+    return Trained(model.eval(), history)
+
+
+def trained_networks(run: Run, data: ImageData) -> dict[float, Trained]:
+    """The trained network of every λ of `run`, as sparsity_train.ipynb left them.
+
+    Raises RunError that names everything missing, unfinished or made with other images.
+    """
+    if data.digest != run.data["digest"]:
+        raise RunError(
+            f"the run {run.name} was trained on {run.data['name']} ({run.data['digest']}), these "
+            f"images are {data.name} ({data.digest}): set LAB_DATA back, or open another run"
+        )
+    found, wrong = {}, []
+    fixed = run.settings | {"images": data.digest, "cfg": run.profile.cfg}
+    for l1_lambda in sorted(run.profile.l1_lambdas):
+        file = run.trained_file(l1_lambda)
+        if not file.exists():
+            wrong.append(f"λ = {l1_lambda:g} was not trained ({file} is missing)")
+            continue
+        saved = load(file, kind="trained")
+        history, epochs = History(**saved.history), run.profile.epochs
+        if len(history) < epochs:
+            wrong.append(f"λ = {l1_lambda:g}: {len(history)} of {epochs} epochs are done")
+        wanted = fixed | {"l1_lambda": l1_lambda}
+        differ = [
+            f"{k} = {saved.settings[k]!r}, the run has {v!r}"
+            for k, v in wanted.items()
+            if k in saved.settings and saved.settings[k] != v
+        ]
+        wrong += [f"λ = {l1_lambda:g} was made with {d}" for d in differ]
+        found[l1_lambda] = Trained(saved.model().to(data.train_images.device), history)
+    if wrong:
+        raise RunError(
+            f"the run {run.name}: {'; '.join(wrong)}. Run sparsity_train.ipynb to the end"
+        )
+    return found
+
+
+def judge(
+    run: Run, data: ImageData, networks: Mapping[float, Trained], ratio: float
+) -> dict[float, Verdict]:
+    """For each λ: has the network learned, and how much of Σ|γ| would a cut by `ratio` take?
+
+    Collapsed is a network whose γ are all near zero, as near as they swing when λ pulls at them.
+    One that is no better than always naming the most frequent class has learned nothing.
+    """
+    guessing = 100 * data.train_labels.bincount().max().item() / len(data.train_labels)
+    gains = {k: n.history.train_accuracy[-1] - guessing for k, n in networks.items()}
+    best = max(gains.values())
+    verdicts = {}
+    for l1_lambda, (model, history) in networks.items():
+        plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
+        gammas = scaling_factors(model)
+        accuracy = f"{history.train_accuracy[-1]:.2f} % on the training images"
+        swung = swing(history.lr[-1], l1_lambda, run.profile.momentum)
+        if l1_lambda > 0 and is_collapsed(gammas, swung):
+            reach = max(EPS, 3 * swung)
+            alive = 100 * (gammas >= reach).double().mean()
+            reason = f"collapsed: |γ| ≥ {reach:g} in {alive:.1f} % of the channels; λ is too strong"
+        elif gains[l1_lambda] <= 0:
+            reason = f"has learned nothing: {accuracy}, guessing has {guessing:.2f} %"
+        elif gains[l1_lambda] < LEARNED * best:
+            reason = f"has learned much less than the best: {accuracy}"
+        else:
+            share = f"the channels to go hold {plan.mass_cut:.2%} of Σ|γ|"
+            verdicts[l1_lambda] = Verdict(True, plan.mass_cut, share)
+            continue
+        verdicts[l1_lambda] = Verdict(False, plan.mass_cut, reason)
+    return verdicts
+
+
+def choose(verdicts: Mapping[float, Verdict], l1_lambda: float | None = None) -> float:
+    """The λ whose network loses least of Σ|γ| among those that work; or `l1_lambda`, if given.
+
+    Raises RunError if none works, ValueError for a λ that was not trained.
+    """
+    if l1_lambda is not None:
+        if l1_lambda not in verdicts:
+            trained = ", ".join(f"{k:g}" for k in verdicts)
+            raise ValueError(f"l1_lambda = {l1_lambda!r}: trained are {trained}")
+        return l1_lambda
+    working = {k: v.mass_cut for k, v in verdicts.items() if v.works}
+    if not working:
+        why = "; ".join(f"λ = {k:g} {v.reason}" for k, v in verdicts.items())
+        raise RunError(f"no network is worth cutting: {why}")
+    return min(working, key=working.get)
+
+
+def save_slim(
+    run: Run, data: ImageData, l1_lambda: float, model: VGG, plan: PruningPlan, slimmed: VGG,
+    results: dict,
+) -> dict:  # fmt: skip
+    """Keep `slimmed`, cut from `model` by `plan`, for train_prune_model.ipynb; its settings."""
+    settings = {
+        "images": data.digest,
+        "l1_lambda": l1_lambda,
+        "cut from": weights_digest(model),
+        "pruning_ratio": plan.pruning_ratio,
+        "realised_ratio": plan.realised_ratio,
+        "min_channels": run.profile.min_channels,
+    }
+    done = Checkpoint("slim", slimmed.cfg, slimmed.state_dict(), settings, results=results)
+    save(_slim_file(run, plan.pruning_ratio), done)
+    return settings
+
+
+def slim_networks(
+    run: Run, data: ImageData, networks: Mapping[float, Trained]
+) -> dict[float, Checkpoint]:
+    """The slim network of every ratio of `run`, as vggprune.ipynb left them.
+
+    Raises RunError that names everything missing, or cut from other networks than `networks`.
+    """
+    found, wrong = {}, []
+    for ratio in run.profile.pruning_ratios:
+        file = _slim_file(run, ratio)
+        if not file.exists():
+            wrong.append(f"{100 * ratio:g} % were not cut ({file} is missing)")
+            continue
+        slimmed = found[ratio] = load(file, kind="slim")
+        said = slimmed.settings.get
+        source = networks.get(said("l1_lambda"))
+        if source is None or weights_digest(source.model) != said("cut from"):
+            wrong.append(f"{file} was cut from another network than the run has now")
+        for name, value in (("pruning_ratio", ratio), ("min_channels", run.profile.min_channels)):
+            if said(name) != value:
+                wrong.append(f"{file} was cut with {name} = {said(name)}, the run has {value}")
+    if len({c.settings.get("l1_lambda") for c in found.values()}) > 1:
+        wrong.append("the slim networks were cut from different λ")
+    if wrong:
+        raise RunError(f"the run {run.name}: {'; '.join(wrong)}. Run vggprune.ipynb")
+    return found
+
+
+def _slim_file(run: Run, ratio: float) -> Path:
+    return run.checkpoints / f"slim_{ratio:g}.pt"
+
+
+def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan, calibration: list) -> VGG:
+    """`network` cut by `plan` and repaired. Kept in a file, so that what is trained afterwards goes
+    on from the very same bits, on another machine too."""
+    source = weights_digest(network)
+    file = run.checkpoints / f"cut_{plan.kept}_of_{source}.pt"
+    cfg = list(plan.cfg)
+    if not (file.exists() and load(file, kind="slim").cfg == cfg):
+        slimmed = slim_repaired(network, plan, calibration)
+        save(file, Checkpoint("slim", cfg, slimmed.state_dict(), {"images": data.digest}))
+    return load(file, kind="slim").model().to(data.train_images.device)
+
+
+def train_again(run: Run, data: ImageData, network: VGG, l1_lambda: float, label: str) -> Trained:
+    """`network`, between two passes, trained with the penalty again (Liu et al. 2017, sec. 3)."""
+    file = run.checkpoints / f"pass_from_{weights_digest(network)}.pt"
+    model = copy.deepcopy(network)
+    history = fit(model, data, run.profile, l1_lambda=l1_lambda, checkpoint=file, label=label)
+    return Trained(model.eval(), history)
+
+
+def finetune(
+    run: Run,
+    data: ImageData,
+    network: VGG,
+    *,
+    profile: Profile | None = None,
+    teacher: VGG | None = None,
+    label: str = "",
+    on_epoch: Callable[[History], None] | None = None,
+) -> Trained:
+    """A copy of `network`, trained without the penalty; `profile` defaults to the run's own way.
+
+    Each way and each start has a file of its own: trying another loses nothing.
+    """
+    how = profile or run.profile.for_finetuning()
+    way = f"{how.schedule}_{how.lr:g}_{how.epochs}_{how.distillation:g}_{how.seed}"
+    file = run.checkpoints / f"finetuned_{way}_from_{weights_digest(network)}.pt"
+    model = copy.deepcopy(network)
+    if not how.distillation:
+        teacher = None
+    history = fit(
+        model, data, how, checkpoint=file, kind="finetuned", teacher=teacher, label=label,
+        on_epoch=on_epoch,
+    )  # fmt: skip
+    return Trained(model.eval(), history)
+
+
+def from_scratch(network: VGG, seed: int) -> VGG:
+    """Fresh weights in the shape of `network` (Liu et al., Rethinking …, ICLR 2019)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = VGG(network.cfg, num_classes=network.classifier.out_features)
+    return fresh.to(next(network.parameters()).device)
+
+
+def from_elsewhere(file: str, data: ImageData) -> VGG:
+    """The network in a file of somebody else, such as `{'cfg', 'state_dict'}`, to be fine-tuned.
+
+    Raises ValueError if it tells other classes apart or takes images of another kind.
+    """
+    file = folder_path(file)
+    found = load(file)
+    first = next(v for v in found.state_dict.values() if v.dim() == 4)
+    if found.num_classes != len(data.classes) or first.shape[1] != 3:
+        raise ValueError(
+            f"lab_file = {str(file)!r}: a network for {first.shape[1]} colour channels and "
+            f"{found.num_classes} classes; the images have 3 and {len(data.classes)}"
+        )
+    return found.model().to(data.train_images.device)

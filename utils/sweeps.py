@@ -1,0 +1,204 @@
+"""Many runs: every λ with every seed is trained once; its ratios are cut from it and fine-tuned.
+
+A task makes one network by calls of stages.py, and its row of the table. The row lies in a file of
+its own beside the checkpoints, so a sweep called again does only what is missing.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import Timeout
+
+from utils import stages
+from utils.config import Profile
+from utils.cost import macs, num_parameters
+from utils.data import ImageData
+from utils.files import file_lock, write_whole
+from utils.machine import pick_device
+from utils.pruning import plan_pruning, slim
+from utils.resume import weights_digest
+from utils.runs import Run
+from utils.sources import load_data
+from utils.training import DivergenceError, evaluate
+
+COLUMNS = (
+    "l1_lambda", "pruning_ratio", "seed", "realised_ratio", "macs", "parameters", "sparsity",
+    "trained_accuracy", "raw_accuracy", "repaired_accuracy", "finetuned_accuracy", "reason",
+)  # fmt: skip
+"""Of the table; accuracies are in % of the test images, sparsity is that of the trained network.
+A pruning_ratio of 0 is the trained network itself. `reason`: why a number is missing."""
+HandOut = Callable[[list["Task"]], Iterator[dict]]
+"""Has tasks done, and yields their rows as they come."""
+DONE_ELSEWHERE = ("name", "l1_lambdas", "pruning_ratios", "multipass_ratios")
+"""Fields of a profile on which a task does not depend: it has a λ and a ratio of its own."""
+
+
+class Task(NamedTuple):
+    """One network to make, and one row of the table."""
+
+    run: Run
+    l1_lambda: float
+    pruning_ratio: float = 0.0
+    """0: train it. Else cut the trained one, and fine-tune."""
+
+    @property
+    def file(self) -> Path:
+        return self.run.checkpoints / f"row_{self.l1_lambda:g}_{self.pruning_ratio:g}.json"
+
+    @property
+    def follows_from(self) -> str:
+        """16 hex digits that stand for all that the row depends on."""
+        settings = {k: v for k, v in self.run.settings.items() if k not in DONE_ELSEWHERE}
+        facts = [settings, self.run.data["digest"], self.l1_lambda, self.pruning_ratio]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def row(self, **values) -> dict:
+        known = {"l1_lambda": self.l1_lambda, "pruning_ratio": self.pruning_ratio}
+        known["seed"] = self.run.profile.seed
+        return dict.fromkeys(COLUMNS) | known | values
+
+
+def trainings(runs: Iterable[Run]) -> list[Task]:
+    """A task for each λ of each run."""
+    return [Task(run, l1_lambda) for run in runs for l1_lambda in run.profile.l1_lambdas]
+
+
+def cuts(training: Task) -> list[Task]:
+    """The tasks that share the network of `training`: one for each ratio."""
+    return [training._replace(pruning_ratio=r) for r in training.run.profile.pruning_ratios]
+
+
+def planned(runs: Iterable[Run]) -> list[Task]:
+    """Every task of a sweep."""
+    return [task for first in trainings(runs) for task in (first, *cuts(first))]
+
+
+def finished(task: Task) -> dict | None:
+    """The row of `task`, if it has been done with these settings."""
+    try:
+        content = json.loads(task.file.read_text("utf-8"))
+        return content["row"] if content["follows_from"] == task.follows_from else None
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole: done again
+        return None
+
+
+def do(task: Task) -> dict:
+    """The row of `task`: read if it is there, else made by the stages of the notebooks.
+
+    What goes wrong is the row's `reason`. A divergence would come again, so it is kept; what may go
+    well next time (memory, a full disk) is not.
+    """
+    torch.set_num_threads(1)  # as many tasks as cores run at once; and the same bits everywhere
+    with _alone(task.file):
+        if row := finished(task):
+            return row
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the sweep has a bar of its own
+                try:
+                    row = _cut(task) if task.pruning_ratio else _trained(task)
+                except DivergenceError as error:
+                    row = task.row(reason=str(error))
+            content = {"follows_from": task.follows_from, "row": row}
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            write_whole(task.file, text.encode("utf-8"))
+        except Exception as error:
+            return task.row(reason=f"{type(error).__name__}: {error}")
+    return row
+
+
+def _trained(task: Task) -> dict:
+    data = _images(task.run.profile.data)
+    trained = stages.train(task.run, data, task.l1_lambda)
+    return _measured(task, trained, trained.model) | {
+        "realised_ratio": 0.0,
+        "reason": _why_useless(task, data, trained),
+    }
+
+
+def _cut(task: Task) -> dict:
+    data = _images(task.run.profile.data)
+    alone = replace(task.run.profile, l1_lambdas=(task.l1_lambda,))
+    run = replace(task.run, profile=alone)
+    trained = stages.trained_networks(run, data)[task.l1_lambda]
+    plan = plan_pruning(trained.model, task.pruning_ratio, min_channels=alone.min_channels)
+    calibration = data.calibration_batches(
+        seed=alone.seed, crop_padding=alone.crop_padding, flip=alone.flip
+    )
+    # Two ratios close together may keep the same channels, and then share their files.
+    with _alone(run.checkpoints / f"kept_{plan.kept}_of_{weights_digest(trained.model)}"):
+        slimmed = stages.cut_on(run, data, trained.model, plan, calibration)
+        row = _measured(task, trained, slimmed) | {
+            "realised_ratio": plan.realised_ratio,
+            "raw_accuracy": _accuracy(slim(trained.model, plan), data, alone),
+            "repaired_accuracy": _accuracy(slimmed, data, alone),
+        }
+        if why := _why_useless(task, data, trained):
+            return row | {"reason": f"not fine-tuned: {why}"}
+        history = stages.finetune(run, data, slimmed).history
+    return row | {"finetuned_accuracy": history.test_accuracy[-1]}
+
+
+def _why_useless(task: Task, data: ImageData, trained: stages.Trained) -> str | None:
+    networks = {task.l1_lambda: trained}
+    verdict = stages.judge(task.run, data, networks, task.pruning_ratio)[task.l1_lambda]
+    return None if verdict.works else verdict.reason
+
+
+def _measured(task: Task, trained: stages.Trained, network: torch.nn.Module) -> dict:
+    return task.row(
+        macs=macs(network),
+        parameters=num_parameters(network),
+        sparsity=trained.history.sparsity[-1],
+        trained_accuracy=trained.history.test_accuracy[-1],
+    )
+
+
+def _accuracy(network: torch.nn.Module, data: ImageData, profile: Profile) -> float:
+    return evaluate(network, data.plain_batches("test", profile.test_batch_size)).accuracy
+
+
+@functools.lru_cache(maxsize=1)
+def _images(name: str) -> ImageData:
+    """The images, read once by each worker."""
+    return load_data(name).to(pick_device())
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While another process is at the same, wait for it, with a word: a worker of a sweep that was
+    killed goes on with its task to the end."""
+    lock = file_lock(path)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"\n{path}: another process is still at this; waiting for it", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
+
+
+def missing_rows(runs: Iterable[Run], hand_out: HandOut) -> Iterator[dict]:
+    """The rows that no file has yet, as they come: the trained networks, then all that is cut."""
+    first = trainings(runs)
+    rows = [row for task in first if (row := finished(task))]
+    for row in hand_out([task for task in first if not finished(task)]):
+        rows.append(row)
+        yield row
+    failed = {(r["l1_lambda"], r["seed"]): r["reason"] for r in rows if r["macs"] is None}
+    tasks = []
+    for task in itertools.chain.from_iterable(map(cuts, first)):
+        if why := failed.get((task.l1_lambda, task.run.profile.seed)):
+            yield task.row(reason=f"not trained: {why}")
+        elif not finished(task):
+            tasks.append(task)
+    yield from hand_out(tasks)
