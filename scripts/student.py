@@ -20,7 +20,8 @@ from scripts.rubric import BLANKS, BY_HAND, NOTEBOOKS, POINTS, Blank
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDED_OUT = (
-    "models/*.py", "utils/*.py", "requirements.txt", "LICENSE", "docs/report_*",
+    "models/*.py", "utils/*.py", "LICENSE", "docs/report_*",
+    "requirements.txt", "requirements-export.txt", "requirements-handin.txt",
     "scripts/__init__.py", "scripts/run_lab.py", "scripts/hand_in.py",
 )  # fmt: skip
 REGION = re.compile(r"( *)### BEGIN SOLUTION\n(.*?) *### END SOLUTION(?:\n|$)", re.DOTALL)
