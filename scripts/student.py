@@ -27,6 +27,10 @@ HANDED_OUT = (
 REGION = re.compile(r"( *)### BEGIN SOLUTION\n(.*?) *### END SOLUTION(?:\n|$)", re.DOTALL)
 HIDDEN = re.compile(r"\n### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS", re.DOTALL)
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()\n"
+NBGRADER = """c = get_config()
+c.Execute.timeout = None  # a cell may train
+c.Execute.iopub_timeout = 60  # seconds, on a machine that is busy
+"""
 
 REDUCED = {
     "utils/sparsity.py": '''
@@ -166,6 +170,7 @@ def main() -> None:
     if options.nbgrader:
         folder = options.out / "source" / "network_slimming"
         write(folder, teachers_edition)
+        (options.out / "nbgrader_config.py").write_text(NBGRADER, "utf-8")
     else:
         folder = options.out
         write(folder)
