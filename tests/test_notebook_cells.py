@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cells import changed, execute, find, imported, lab_cells
-from conftest import tiny_data, tiny_profile
+from tiny import tiny_data, tiny_profile
 
 from models.vgg import VGG
 
