@@ -34,7 +34,8 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts from the same random state and environment, whatever ran before it."""
     torch.manual_seed(0)
     for name in ("PROFILE", "DATA", "EPOCHS", "RUN", "CWD", "LAST_RUN"):
-        monkeypatch.delenv(f"LAB_{name}", raising=False)
+        monkeypatch.setenv(f"LAB_{name}", "")  # what the test itself leaves there goes again
+        monkeypatch.delenv(f"LAB_{name}")
 
 
 @pytest.fixture

@@ -222,14 +222,14 @@ def test_finetuning_curves_start_right_after_the_cut_and_name_the_final_accuracy
     figure = FIGURES["finetuning_curves"]()
     first, second = figure.axes
     assert titles(figure) == ["A: 61.25 %", "B: 12.50 %"]
-    after_cut = "test accuracy (0: right after the cut)"
+    after_cut = "test (0: right after the cut)"
     assert points(first, after_cut) == ([0, 1, 2, 3], [33.0, *HISTORY["test_accuracy"]])
     assert points(second, after_cut) == ([0, 1, 2, 3], [9.0, *WORSE["test_accuracy"]])
-    assert points(first, "training accuracy") == ([1, 2, 3], HISTORY["train_accuracy"])
+    assert points(first, "training") == ([1, 2, 3], HISTORY["train_accuracy"])
     assert points(first, "dense network, test")[1] == [71.5, 71.5]
     assert first.get_xlabel() == "epoch"
     assert "(%)" in first.get_ylabel()
-    assert {after_cut, "training accuracy", "dense network, test"} <= set(words(figure))
+    assert {after_cut, "training", "dense network, test"} <= set(words(figure))
     assert shared([first, second], "y")
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import start, tiny_data
+from processes import start
+from tiny import tiny_data
 
 from scripts import sweep
 from utils import stages, sweep_report, sweeps, workers
