@@ -41,7 +41,7 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
 
-handin: .venv/lab
+handin: .venv/handin
 	$(BIN)/python -m scripts.hand_in "$(call needed,STUDENT)"
 
 check: .venv/lab
@@ -63,12 +63,16 @@ coverage: .venv/dev
 	$(BIN)/python -m pytest -q --cov=models --cov=utils --cov=scripts --cov-report=term-missing
 
 # Each environment file is made anew when one of its requirements files changes.
-.venv/lab: requirements.txt
+.venv/lab: requirements.txt requirements-export.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(addprefix --requirement ,$^)
 	touch $@
 
 .venv/dev: requirements-dev.txt .venv/lab
+	$(BIN)/python -m pip install --quiet --requirement $<
+	touch $@
+
+.venv/handin: requirements-handin.txt .venv/lab
 	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@
 

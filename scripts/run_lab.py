@@ -12,10 +12,12 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from utils.config import PROFILES, get_profile
+from utils.files import write_whole
 from utils.results import NOTEBOOKS, report, write_page
+from utils.runs import LAST_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +38,7 @@ def execute(name: str, target: Path) -> None:
         notebook,
         kernel_name="python3",
         timeout=None,
+        record_timing=False,
         coalesce_streams=True,  # of a progress bar only the last state is kept
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no word about its local TCP ports
         resources={"metadata": {"path": str(ROOT)}},
@@ -66,9 +69,12 @@ def run_all(profile: str) -> Path:
                 execute(name, target)
             except CellExecutionError as error:
                 sys.exit(f"{name}.ipynb stopped: {error.ename}: {error.evalue}")
+            except DeadKernelError:
+                sys.exit(f"{name}.ipynb: its kernel died, as it does when memory runs out")
             finally:
                 if last_run.exists():
                     folder = ROOT / "figures" / last_run.read_text("utf-8").strip()
+                    write_whole(ROOT / LAST_RUN, last_run.read_bytes())  # for who opens one next
                 if target.exists():
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / target.name).write_bytes(target.read_bytes())

@@ -1,12 +1,12 @@
 """What the benchmarks compare is the same work."""
 
 import torch
-from conftest import tiny_data, tiny_model, tiny_profile
+from tiny import tiny_data, tiny_model, tiny_profile
 from torch.testing import assert_close
 
 from benchmarks import train_speed
 from benchmarks.train_speed import reference_optimizer, reference_step
-from utils.engine import Engine, TrainStep
+from utils.step import TrainStep
 
 
 def test_the_reference_loop_trains_as_the_engine_does(monkeypatch):
@@ -14,7 +14,7 @@ def test_the_reference_loop_trains_as_the_engine_does(monkeypatch):
     profile, batches = tiny_profile(), [*tiny_data().plain_batches("train", 10)]
     plain, ours = tiny_model(), tiny_model()
     optimizer = reference_optimizer(plain, profile)
-    step = TrainStep(ours, profile, Engine("cpu", "float32"), l1_lambda=0.1)
+    step = TrainStep(ours, profile, "float32", l1_lambda=0.1)
     total = correct = 0.0
     for images, labels in batches:
         loss, hits = reference_step(plain, optimizer, images, labels)

@@ -1,14 +1,15 @@
 """utils/cost.py: parameters, MACs, bytes and seconds."""
 
 import copy
+import itertools
+import logging
 
 import pytest
 import torch
 from torch import nn
 
 from models.vgg import VGG
-from utils import cost
-from utils.cost import file_size, fold_bn, latency, macs, num_parameters
+from utils.cost import eager, file_size, fold_bn, latency, macs, num_parameters, take_turns
 
 TINY = [3, "M", 4]
 
@@ -85,34 +86,33 @@ def test_file_size_shrinks_with_the_network():
     assert file_size(VGG([32, 16])) < file_size(VGG([32, 64]))
 
 
-def test_latency_is_a_positive_time_on_the_asked_number_of_threads():
-    options = {"input_shape": (3, 8, 8), "num_threads": 1, "min_run_time": 0.01}
-    assert latency(small(), 2, **options) > 0
-    (taken,) = cost.compare_latency({"one": small()}, 2, rounds=1, **options).values()
-    assert taken.iqr >= 0
-    assert taken.num_threads == 1
+def test_latency_is_a_positive_time_on_the_batch_and_the_number_of_threads_asked_for():
+    model, seen = small(), []
+    model.register_forward_pre_hook(lambda _, x: seen.append((x[0].shape, torch.get_num_threads())))
+    assert latency(model, 2, input_shape=(3, 8, 8), num_threads=1, min_run_time=0.01) > 0
+    assert set(seen) == {((2, 3, 8, 8), 1)}
 
 
-def test_latency_of_a_larger_network_is_longer():
-    options = {"batch_size": 4, "num_threads": 1, "min_run_time": 0.05}
-    assert latency(VGG([64, 64]), **options) > latency(VGG([1]), **options)
+def test_networks_are_timed_in_turns():
+    calls = []
+    steps = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    times = take_turns(steps, rounds=2, min_run_time=1e-4)
+    assert "".join(name for name, _ in itertools.groupby(calls)) == "abab"
+    assert all(times[name].median > 0 and times[name].iqr >= 0 for name in "ab")
+    assert all(len(times[name].times) > 1 for name in "ab")
 
 
-def test_compare_latency_measures_the_networks_in_turns(monkeypatch):
-    networks = {"dense": small([3, "M", 4]), "slim": small([1, "M", 2])}
-    turns = []
+def test_eager_computes_what_the_network_does():
+    model, images = small(), torch.randn(2, 3, 8, 8)
+    logits = eager(model, images)()
+    torch.testing.assert_close(logits, model.eval()(images))
+    assert not logits.requires_grad
 
-    def spy(model, *args, **options):
-        turns.append(model)
-        return measure(model, *args, **options)
 
-    measure = cost._measure
-    monkeypatch.setattr(cost, "_measure", spy)
-    taken = cost.compare_latency(
-        networks, 2, rounds=2, input_shape=(3, 8, 8), num_threads=1, min_run_time=0.005
-    )
-    assert [model.cfg[0] for model in turns] == [3, 1, 3, 1]
-    assert list(taken) == ["dense", "slim"]
-    for measurement in taken.values():
-        assert measurement.median > 0
-        assert len(measurement.times) >= 2  # one or more of each round
+def test_only_the_warning_of_a_toolkit_without_a_gpu_is_silenced(caplog):
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    logger.addHandler(caplog.handler)
+    logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local/cuda")
+    logger.warning("another matter")
+    logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"another matter"}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tv
-from conftest import tiny_data
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import tiny_data
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from utils.data import ImageData, augment, normalize

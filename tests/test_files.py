@@ -1,6 +1,5 @@
 """A file is written whole or not at all; a lock is one user's; a digest is of values."""
 
-import builtins
 import errno
 import os
 import resource
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import Moments
 from filelock import Timeout
 
 from utils.files import digest, file_lock, write_whole
@@ -19,55 +19,11 @@ from utils.files import digest, file_lock, write_whole
 OLD, NEW = b"old " * 3000, b"new " * 3000
 
 
-class Faults:
-    """Raises `error` at the `at`-th moment: before and after each call that the disk sees, and in
-    the middle of a write."""
+def raising(error: BaseException):
+    def action():
+        raise error
 
-    def __init__(self, patch: pytest.MonkeyPatch, error: BaseException, at: int):
-        self.error, self.left, self.met = error, at, []
-        real = {"open": builtins.open, "fsync": os.fsync, "replace": os.replace}
-
-        def wrapped(name):
-            def call(*args, **options):
-                self.moment(f"before {name}")
-                result = real[name](*args, **options)
-                if name == "open":
-                    result = self.halves(result)
-                self.moment(f"after {name}")
-                return result
-
-            return call
-
-        patch.setattr(builtins, "open", wrapped("open"))
-        for name in ("fsync", "replace"):
-            patch.setattr(os, name, wrapped(name))
-
-    def moment(self, name: str) -> None:
-        self.met.append(name)
-        self.left -= 1
-        if self.left == 0:
-            raise self.error
-
-    def halves(self, file):
-        whole = file.write
-
-        class Halves:
-            def __getattr__(_, name):
-                return getattr(file, name)
-
-            def __enter__(_):
-                return Halves()
-
-            def __exit__(_, *error):
-                file.close()
-
-            def write(_, content):
-                whole(content[: len(content) // 2])
-                file.flush()
-                self.moment("half written")
-                return whole(content[len(content) // 2 :])
-
-        return Halves()
+    return action
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
@@ -77,18 +33,18 @@ def test_stopped_at_any_moment_the_file_is_the_old_or_the_new(tmp_path, monkeypa
     for at in range(1, 50):
         path.write_bytes(before) if before else path.unlink(missing_ok=True)
         with monkeypatch.context() as patch:
-            faults = Faults(patch, error, at)
+            moments = Moments(patch, raising(error), at)
             try:
                 write_whole(path, NEW)
             except (KeyboardInterrupt, OSError) as caught:
                 if isinstance(caught, OSError):
                     assert str(path) in str(caught) and "No space left" in str(caught)
         found.append(path.read_bytes() if path.exists() else None)
-        assert found[-1] in (before, NEW), faults.met[-1]
+        assert found[-1] in (before, NEW), moments.met[-1]
         assert [f for f in tmp_path.iterdir() if f != path] == [], "a temporary file is left"
-        if faults.left > 0:
+        if moments.left > 0:
             break
-    assert {"half written", "before fsync", "before replace", "after replace"} <= set(faults.met)
+    assert {"half written", "before fsync", "before replace", "after replace"} <= set(moments.met)
     assert found == sorted(found, key=[before, NEW].index) and set(found) == {before, NEW}
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from run_lab import NOTEBOOKS
 
 from benchmarks.parity import compare
-from run_lab import NOTEBOOKS
 from utils.results import read, report
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from utils import plots
+from utils.resume import History
 
 HISTORY = {
     "lr": [0.1, 0.1, 0.01],
@@ -50,6 +51,14 @@ FIGURES = {
     "finetuning_curves": lambda: plots.finetuning_curves(
         {"A": HISTORY, "B": WORSE}, {"A": 33.0, "B": 9.0}, 71.5, "CIFAR-Z"
     ),
+    "accuracy_against_latency": lambda: plots.accuracy_against_latency(
+        [
+            {"network": "dense", "runtime": "torch", "accuracy": 92.0, "seconds": 0.004},
+            {"network": "dense", "runtime": "int8", "accuracy": 91.5, "seconds": 0.002},
+            {"network": "slim", "runtime": "torch", "accuracy": 90.0, "seconds": 0.001},
+        ],
+        "CIFAR-Z",
+    ),
     "summary": lambda: plots.summary(
         [
             row("A", "dense", 92.125, 20_035_018, 398.1363, 31.04),
@@ -82,20 +91,15 @@ def shared(axes, along):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_names_its_data_and_is_not_left_open(name):
+def test_every_figure_names_its_data_and_is_saved_as_a_png_and_handed_on(name, tmp_path):
     figure = FIGURES[name]()
     assert isinstance(figure, Figure)
     assert any("CIFAR-Z" in text for text in words(figure))
-    assert plt.get_fignums() == []
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_is_saved_as_a_png_and_handed_on(name, tmp_path):
-    figure = FIGURES[name]()
     path = tmp_path / "new" / "folder" / "figure.png"
     assert plots.save(figure, path) is figure
     assert plt.imread(path).std() > 0  # a readable picture that is not blank
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert plt.get_fignums() == []  # none is left open
 
 
 def test_sample_images_shows_each_image_under_its_class_ten_a_row():
@@ -217,7 +221,7 @@ def test_ladder_drops_no_step(steps):
 def test_finetuning_curves_start_right_after_the_cut_and_name_the_final_accuracy():
     figure = FIGURES["finetuning_curves"]()
     first, second = figure.axes
-    assert titles(figure) == ["A: 61.25 % at the end", "B: 12.50 % at the end"]
+    assert titles(figure) == ["A: 61.25 %", "B: 12.50 %"]
     after_cut = "test accuracy (0: right after the cut)"
     assert points(first, after_cut) == ([0, 1, 2, 3], [33.0, *HISTORY["test_accuracy"]])
     assert points(second, after_cut) == ([0, 1, 2, 3], [9.0, *WORSE["test_accuracy"]])
@@ -250,3 +254,52 @@ def test_summary_shows_accuracy_and_costs_of_every_network_with_their_units():
     assert shared(figure.axes, "y")
     dense, cut, finetuned = (bar.get_facecolor() for bar in figure.axes[0].patches)
     assert len({dense, cut, finetuned}) == 3  # a stage is told by its colour
+
+
+def test_fine_tunings_stand_three_a_row_and_empty_places_show_nothing():
+    names = "ABCD"
+    figure = plots.finetuning_curves(
+        dict.fromkeys(names, HISTORY), dict.fromkeys(names, 30.0), 71.5, "CIFAR-Z"
+    )
+    assert len(titles(figure)) == 4 and len(figure.axes) == 6
+    assert [ax.axison for ax in figure.axes] == [True] * 4 + [False] * 2
+
+
+def test_each_network_on_each_runtime_is_a_point_in_milliseconds():
+    (ax,) = FIGURES["accuracy_against_latency"]().axes
+    drawn = [line for line in ax.get_lines() if len(line.get_xdata())]
+    places = [(*line.get_xdata(), *line.get_ydata()) for line in drawn]
+    assert places == [(4.0, 92.0), (2.0, 91.5), (1.0, 90.0)]
+    assert drawn[0].get_color() == drawn[1].get_color() != drawn[2].get_color()
+    assert drawn[0].get_marker() == drawn[2].get_marker() != drawn[1].get_marker()
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["dense", "slim", "torch", "int8"]
+    assert "(ms" in ax.get_xlabel() and "(%)" in ax.get_ylabel()
+
+
+def test_a_live_curve_is_drawn_anew_in_its_place(monkeypatch):
+    places = []
+
+    class Place:
+        def __init__(self, figure):
+            self.figures = [figure]
+
+        def update(self, figure):
+            self.figures.append(figure)
+
+    def display(figure, display_id):
+        places.append(Place(figure))
+        return places[-1]
+
+    monkeypatch.setattr("IPython.display.display", display)
+    curve, history = plots.LiveCurve("λ = 0.1, CIFAR-Z", before=33.0), History()
+    for epoch in range(2):
+        history.append(**{name: HISTORY[name][epoch] for name in HISTORY})
+        curve(history)
+    assert len(places) == 1 and len(places[0].figures) == 2
+    (ax,) = places[0].figures[-1].axes
+    assert ax.get_title() == "λ = 0.1, CIFAR-Z"
+    assert points(ax, "test accuracy") == ([0, 1, 2], [33.0, 38.0, 51.0])
+    assert points(ax, "training accuracy") == ([1, 2], [40.0, 55.0])
+    assert points(ax, "sparsity") == ([1, 2], [0, 25])
+    assert plt.get_fignums() == []

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import HTML
+from faults import HTML
 from PIL import Image
 from torch.testing import assert_close
 from torchvision.datasets import ImageFolder

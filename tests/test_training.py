@@ -1,19 +1,20 @@
 """fit() against a plain loop, and what it does when it is stopped, misused or diverges."""
 
 import dataclasses
+import errno
 import math
-import re
+import os
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from processes import start
+from tiny import (
     TINY_LAMBDA,
-    every_save_kept,
+    file_after_each_epoch,
     same,
-    start,
     tiny_data,
     tiny_model,
     tiny_profile,
@@ -26,8 +27,10 @@ from models.vgg import VGG
 from utils import training
 from utils.checkpoint import CheckpointError, load, save
 from utils.data import ImageData
-from utils.engine import Engine, TrainStep
-from utils.training import DivergenceError, Evaluation, evaluate, fit, learning_rate
+from utils.resume import only_writer
+from utils.sparsity import add_l1_subgradient, bn_layers
+from utils.step import TrainStep
+from utils.training import DivergenceError, Evaluation, Stopped, evaluate, fit, learning_rate
 
 # --- the learning rate ---------------------------------------------------------------------------
 
@@ -177,12 +180,12 @@ def test_the_history_is_what_can_be_measured_afterwards(capsys):
 
 def test_the_mean_loss_weighs_a_smaller_batch_by_its_size():
     # With lr ≈ 0 the network stays, so every image has one loss, whichever batch it comes in.
-    profile = tiny_profile(epochs=1, lr=1e-30, batch_size=25, flip=False, crop_padding=0)
+    profile = tiny_profile(epochs=1, lr=1e-30, batch_size=26, flip=False, crop_padding=0)
     whole = fit(tiny_model(), tiny_data(), profile).train_loss[0]
     model, data = tiny_model().train(), tiny_data()
-    images, labels = next(data.plain_batches("train", 25))
+    images, labels = next(data.plain_batches("train", 26))
     assert whole == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=1e-5)
-    parts = fit(tiny_model(), data, dataclasses.replace(profile, batch_size=20))
+    parts = fit(tiny_model(), data, dataclasses.replace(profile, batch_size=16))
     assert parts.train_loss[0] == pytest.approx(whole, rel=0.05)
 
 
@@ -196,18 +199,6 @@ def test_the_seed_decides_the_weights():
     assert not same(weights(1), weights(2))
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (1, r"5 epochs take about 1 min here$"),
-        (299, r"5 epochs take about 5 min here$"),
-        (36_000, r"5 epochs take about 10 hours here\. .*quick"),
-    ],
-)
-def test_the_forecast_says_how_long_and_what_is_shorter_if_that_is_long(seconds, said):
-    assert re.match(said, training.forecast(seconds, "5 epochs"))
-
-
 # --- stopped and started again -------------------------------------------------------------------
 
 
@@ -217,8 +208,8 @@ def test_the_forecast_says_how_long_and_what_is_shorter_if_that_is_long(seconds,
     ids=["λ > 0", "λ = 0", "teacher", "kind"],
 )
 def test_a_run_resumed_from_any_epoch_ends_with_the_same_bytes(tmp_path, options):
-    with every_save_kept() as after_epoch:
-        whole = train(tmp_path / "whole.pt", **options)
+    after_epoch = file_after_each_epoch(tmp_path / "whole.pt", **options)
+    whole = train(tmp_path / "whole.pt", **options)  # it just loads
     assert len(after_epoch) == 3 and len(set(after_epoch)) == 3
     for saved in after_epoch:
         (tmp_path / "part.pt").write_bytes(saved)
@@ -226,14 +217,37 @@ def test_a_run_resumed_from_any_epoch_ends_with_the_same_bytes(tmp_path, options
         assert (tmp_path / "part.pt").read_bytes() == after_epoch[-1]
 
 
-def test_the_file_holds_weights_momentum_history_and_where_it_was_made(tmp_path):
+def test_the_file_holds_weights_history_and_settings_and_momentum_until_it_is_done(tmp_path, runs):
     model = tiny_model()
-    history = fit(model, tiny_data(), tiny_profile(), checkpoint=tmp_path / "x.pt")
+    history = fit(
+        model, tiny_data(), tiny_profile(), l1_lambda=TINY_LAMBDA, checkpoint=tmp_path / "x.pt"
+    )
     found = load(tmp_path / "x.pt", kind="trained")
     assert same(found.state_dict, dict(model.state_dict()))
     assert found.history == dataclasses.asdict(history)
+    assert found.optimizer == {} and found.settings["lr"] == 0.1
+    assert (tmp_path / "x.pt").read_bytes() == runs[2]
+    (tmp_path / "x.pt").write_bytes(runs[1])
+    found = load(tmp_path / "x.pt")
     assert all(m.abs().sum() > 0 for m in found.optimizer["momentum"])
-    assert found.made_on["torch"] and found.settings["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("save_every", "saved"), [(0, [1, 2, 3, 4, 5]), (40, [2, 3, 4, 5]), (60, [3, 5]), (999, [5])]
+)
+def test_a_file_is_saved_at_the_end_and_before_it_not_too_often(
+    tmp_path, monkeypatch, save_every, saved
+):
+    path, now, found = tmp_path / "x.pt", [0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    def look(history):
+        now[0] += 40  # seconds an epoch
+        if path.exists() and len(load(path).history["lr"]) == len(history):
+            found.append(len(history))
+
+    train(path, epochs=5, save_every=save_every, on_epoch=look)
+    assert found == saved
 
 
 def test_a_finished_run_just_loads(tmp_path, monkeypatch, capsys):
@@ -244,8 +258,8 @@ def test_a_finished_run_just_loads(tmp_path, monkeypatch, capsys):
     def no_work(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(training, "TrainStep", no_work)
-    monkeypatch.setattr(training, "save", no_work)
+    monkeypatch.setattr(TrainStep, "__init__", no_work)
+    monkeypatch.setattr("os.replace", no_work)
     model = tiny_model()
     found = fit(model, tiny_data(), tiny_profile(), l1_lambda=TINY_LAMBDA, checkpoint=path)
     assert found == history and same(dict(model.state_dict()), load(path).state_dict)
@@ -253,56 +267,47 @@ def test_a_finished_run_just_loads(tmp_path, monkeypatch, capsys):
     assert "3 of 3 epochs were done before" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_with_the_engine_it_began_with(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    path, bfloat16 = tmp_path / "x.pt", Engine("cpu", "bfloat16")
-    with every_save_kept() as after_epoch:
-        train(path, engine=bfloat16)
-    path.write_bytes(after_epoch[0])
-    capsys.readouterr()
-    go_on = partial(fit, l1_lambda=TINY_LAMBDA, checkpoint=path)
-    go_on(tiny_model(), tiny_data(), tiny_profile(precision="auto"))
-    assert "bfloat16" in capsys.readouterr().out
-    whole = tmp_path / "whole.pt"
-    whole.write_bytes(after_epoch[-1])
-    assert same(load(path), load(whole))
+def stopped_at_step(monkeypatch, number):
+    steps, step = [], TrainStep.__call__
 
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    path.write_bytes(after_epoch[0])
-    go_on(tiny_model(), tiny_data(), tiny_profile(precision="auto"))
-    assert "float32 channels_last" in capsys.readouterr().out  # where bfloat16 would be emulated
-
-    path.write_bytes(after_epoch[0])
-    with pytest.raises(CheckpointError, match="precision = 'bfloat16', now 'float32'"):
-        go_on(tiny_model(), tiny_data(), tiny_profile(precision="float32"))
-
-
-def test_the_stop_button_then_run_all_again_in_the_same_kernel(tmp_path, monkeypatch, runs):
-    path, steps, run = tmp_path / "x.pt", [], TrainStep._step
-
-    def stopped_at_the_fifth(*args):
+    def stopped(*args):
         steps.append(1)
-        if len(steps) == 5:
+        if len(steps) == number:
             raise KeyboardInterrupt
-        run(*args)
+        step(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainStep, "_step", stopped_at_the_fifth)
+    monkeypatch.setattr(TrainStep, "__call__", stopped)
+
+
+@pytest.mark.parametrize(("step", "saved"), [(2, 0), (5, 1), (9, 2)])
+def test_the_stop_button_says_what_is_kept_and_run_again_it_goes_on(
+    tmp_path, monkeypatch, runs, step, saved
+):
+    path = tmp_path / "x.pt"
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
+        stopped_at_step(patch, step)
         train(path)
-    assert path.read_bytes() == runs[0]  # the second epoch was under way
+    said = f"stopped; {saved} of 3 epochs are saved; run this cell again to go on"
+    assert str(caught.value) == said and caught.value._render_traceback_() == [said]
+    assert isinstance(caught.value, KeyboardInterrupt)  # `except Exception` does not catch it
+    assert (path.read_bytes() if saved else path.exists()) == (saved and runs[saved - 1])
     train(path)
     assert path.read_bytes() == runs[2]
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [{"optimizer": {}}, {"history": {"speed": [1.0]}}],
-    ids=["no engine", "unknown column"],
-)
-def test_a_whole_file_that_no_training_wrote_is_refused(tmp_path, runs, lie):
+def test_the_stop_button_counts_what_was_saved_not_what_was_done(tmp_path, monkeypatch):
+    stopped_at_step(monkeypatch, 8)
+    with pytest.raises(Stopped, match="stopped; 0 of 3 epochs are saved;"):
+        train(tmp_path / "x.pt", save_every=1e9)
+    stopped_at_step(monkeypatch, 8)
+    with pytest.raises(Stopped, match="stopped; nothing saved;"):
+        fit(tiny_model(), tiny_data(), tiny_profile())
+
+
+def test_a_network_that_no_training_wrote_is_not_gone_on_with(tmp_path, runs):
     path = tmp_path / "x.pt"
     path.write_bytes(runs[0])
-    save(path, dataclasses.replace(load(path), **lie))
+    save(path, dataclasses.replace(load(path), history={}, optimizer={}))
     with pytest.raises(CheckpointError, match=r"x\.pt: no training can go on from this file"):
         train(path)
 
@@ -316,6 +321,7 @@ def _changed(**changes):
     [
         (_changed(epochs=4), ["epochs = 3, now 4"]),
         (_changed(lr=0.2), ["lr = 0.1, now 0.2"]),
+        (_changed(precision="bfloat16"), ["precision = 'float32', now 'bfloat16'"]),
         (_changed(schedule="cosine"), ["schedule = 'step', now 'cosine'"]),
         (_changed(batch_size=9), ["batch_size = 10, now 9"]),
         (_changed(momentum=0.8), ["momentum = 0.9, now 0.8"]),
@@ -328,7 +334,8 @@ def _changed(**changes):
         ({"l1_lambda": 0.5}, ["l1_lambda = 0.001, now 0.5"]),
         ({"model": VGG([3, 5], num_classes=3)}, ["cfg = [3, 4, 'M', 5], now [3, 5]"]),
         ({"model": tiny_model(seed=9)}, ["starting weights = "]),
-        ({"data": tiny_data(seed=9)}, ["data = 'noise "]),
+        ({"data": tiny_data(seed=9)}, ["images = "]),
+        ({"penalty": lambda model, l1_lambda: None}, ["penalty = "]),
         ({"teacher": tiny_model(seed=5)}, ["teacher weights = None, now", "distillation = None"]),
         ({"kind": "finetuned"}, ["'trained'", "'finetuned'"]),
     ],
@@ -355,9 +362,60 @@ def test_a_file_made_with_other_settings_is_not_gone_on_with(tmp_path, runs, now
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The file of a run after each of its epochs."""
-    with every_save_kept() as after_epoch:
-        train(tmp_path_factory.mktemp("runs") / "x.pt")
-    return after_epoch
+    return file_after_each_epoch(tmp_path_factory.mktemp("runs") / "x.pt")
+
+
+# --- the penalty is part of what a run is --------------------------------------------------------
+
+
+def written_out(model, l1_lambda):
+    for bn in bn_layers(model):
+        bn.weight.grad += l1_lambda * torch.sign(bn.weight.detach())
+
+
+def by_autograd(model, l1_lambda):
+    gammas = [bn.weight for bn in bn_layers(model)]
+    pull = l1_lambda * sum(gamma.abs().sum() for gamma in gammas)
+    for gamma, gradient in zip(gammas, torch.autograd.grad(pull, gammas), strict=True):
+        gamma.grad += gradient
+
+
+def wrong_sign(model, l1_lambda):
+    written_out(model, -l1_lambda)
+
+
+def l2(model, l1_lambda):
+    for bn in bn_layers(model):
+        bn.weight.grad += l1_lambda * bn.weight.detach()
+
+
+def first_layer_only(model, l1_lambda):
+    gamma = bn_layers(model)[0].weight
+    gamma.grad += l1_lambda * gamma.detach().sign()
+
+
+def of_beta_too(model, l1_lambda):
+    written_out(model, l1_lambda)
+    for bn in bn_layers(model):
+        bn.bias.grad += l1_lambda * bn.bias.detach().sign() + l1_lambda
+
+
+@pytest.mark.parametrize("before", [wrong_sign, l2, first_layer_only, of_beta_too])
+def test_a_run_with_a_mistake_in_its_penalty_is_not_taken_for_the_corrected_one(tmp_path, before):
+    path = tmp_path / "x.pt"
+    train(path, penalty=before)
+    with pytest.raises(CheckpointError, match="penalty = "):
+        train(path, penalty=add_l1_subgradient)
+
+
+@pytest.mark.parametrize("written", [written_out, by_autograd])
+def test_the_same_penalty_written_differently_is_the_same_run(tmp_path, runs, written):
+    path = tmp_path / "x.pt"
+    path.write_bytes(runs[0])
+    assert len(train(path, penalty=written)) == 3
+
+
+# --- other files ---------------------------------------------------------------------------------
 
 
 def test_a_profile_may_change_what_training_does_not_depend_on(tmp_path, runs):
@@ -388,7 +446,7 @@ def test_what_a_killed_save_left_behind_is_removed(tmp_path):
 
 
 def _hold(path, ready):
-    with training._only_writer(path):
+    with only_writer(path):
         ready.touch()
         while ready.exists():
             pass
@@ -418,7 +476,7 @@ def test_two_runs_never_write_one_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("l1_lambda", [-1e-9, -1, math.nan, math.inf, -math.inf, True, False])
 def test_a_lambda_that_makes_no_sense_is_refused_before_any_work(tmp_path, monkeypatch, l1_lambda):
-    monkeypatch.setattr(training, "choose_engine", None)
+    monkeypatch.setattr(TrainStep, "__init__", None)
     with pytest.raises(ValueError, match=rf"l1_lambda = {l1_lambda}"):
         train(tmp_path / "x.pt", l1_lambda=l1_lambda)
     assert not (tmp_path / "x.pt").exists()
@@ -426,7 +484,7 @@ def test_a_lambda_that_makes_no_sense_is_refused_before_any_work(tmp_path, monke
 
 @pytest.mark.parametrize("num_classes", [2, 10])
 def test_a_model_with_other_classes_than_the_data_is_refused(monkeypatch, num_classes):
-    monkeypatch.setattr(training, "choose_engine", None)
+    monkeypatch.setattr(TrainStep, "__init__", None)
     with pytest.raises(ValueError, match=rf"num_classes = {num_classes}.* 3 classes"):
         fit(tiny_model(num_classes=num_classes), tiny_data(), tiny_profile())
 
@@ -464,7 +522,7 @@ def _poisoned_by_the_last_step(monkeypatch):
 
 
 def _infinite_test_loss(monkeypatch):
-    monkeypatch.setattr(training, "evaluate", lambda *_: Evaluation(math.inf, 10.0))
+    monkeypatch.setattr(training, "evaluate", lambda *_: Evaluation(math.inf, 10.0, 1, 10))
     return partial(fit, tiny_model(), tiny_data(), tiny_profile(), l1_lambda=0.25)
 
 
@@ -509,16 +567,16 @@ def test_after_a_divergence_the_last_sound_epoch_is_still_there(tmp_path, monkey
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_epoch(tmp_path, monkeypatch, runs):
-    path, saves = tmp_path / "x.pt", []
+    path, saves, replace = tmp_path / "x.pt", [], os.replace
 
-    def disk_full_at_the_third(path, content):
-        saves.append(path)
+    def disk_full_at_the_third(*args):
+        saves.append(args)
         if len(saves) == 3:
-            raise CheckpointError("No space left")
-        save(path, content)
+            raise OSError(errno.ENOSPC, "No space left")
+        replace(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", disk_full_at_the_third)
+        patch.setattr(os, "replace", disk_full_at_the_third)
         with pytest.raises(CheckpointError, match="No space left"):
             train(path)
     assert path.read_bytes() == runs[1]
@@ -530,6 +588,6 @@ def test_a_gpu_too_small_for_the_batch_is_told_by_the_batch_size(monkeypatch):
     def too_much(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TrainStep, "_step", too_much)
+    monkeypatch.setattr(TrainStep, "__call__", too_much)
     with pytest.raises(MemoryError, match="batch_size = 10: too large"):
-        fit(tiny_model(), tiny_data(), tiny_profile(), engine=Engine("cpu", "float32"))
+        fit(tiny_model(), tiny_data(), tiny_profile())

@@ -8,6 +8,7 @@ from reprlib import repr as short
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from models.vgg import VGG, check_cfg
 from utils.archive import Unreadable, check_tensor, is_finite, odd_types_in, plain, read
@@ -25,8 +26,7 @@ WRITTEN_BY = {
 KINDS = (*WRITTEN_BY, "original lab")
 COLUMNS = ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "sparsity")
 """What a history has a list of, one entry per epoch."""
-SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-"""What the state of a GradScaler has, if it is on."""
+GRAD_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 class CheckpointError(Exception):
@@ -63,6 +63,9 @@ class Checkpoint:
         return model.eval()
 
 
+NAMES = [f.name for f in fields(Checkpoint)]
+
+
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path`, as `write_whole` does it, so that `load` gives it back.
 
@@ -74,8 +77,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     buffer = io.BytesIO()
     try:
         _check_values(checkpoint)
-        content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
-        torch.save({"format": FORMAT, **content}, buffer)
+        torch.save({"format": FORMAT} | {n: getattr(checkpoint, n) for n in NAMES}, buffer)
         _checked(read(buffer))
         write_whole(path, buffer.getbuffer())
     except Unreadable as error:
@@ -94,6 +96,7 @@ def load(path: str | Path, kind: str | None = None) -> Checkpoint:
     shape that `cfg` asks for. Anything else raises CheckpointError. No code in the file is run.
     """
     path, writer = os.path.abspath(path), WRITTEN_BY.get(kind, "the notebook that writes it")
+    advice = "Delete or replace the file, and" if kind in WRITTEN_BY else "Get a sound copy, or"
     try:
         with open(path, "rb") as file:
             checkpoint = _checked(read(file))
@@ -106,11 +109,7 @@ def load(path: str | Path, kind: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{path}: {error.strerror or error}. {way_out}.") from error
     # RuntimeError: what torch raises for tensors too odd to look at, Python for endless nesting.
     except (Unreadable, RuntimeError) as error:
-        way_out = getattr(error, "way_out", "") or (
-            f"Delete or replace the file, and run {writer}"
-            if kind in WRITTEN_BY
-            else f"Get a sound copy of it, or, if it is this lab's own, run {writer}"
-        )
+        way_out = getattr(error, "way_out", "") or f"{advice} run {writer}"
         raise CheckpointError(f"{path}: {error}. {way_out}.") from error
 
 
@@ -122,8 +121,8 @@ def _checked(content: dict) -> Checkpoint:
             f"has format {short(content['format'])}, this version of the lab reads {FORMAT}",
             "Use the version that wrote it, or move it elsewhere and run the notebook again",
         )
-    found = {f.name: content[f.name] for f in fields(Checkpoint) if f.name in content}
-    checkpoint = Checkpoint(**{"kind": None, "cfg": None, "state_dict": None} | found)
+    content = {"kind": None, "cfg": None, "state_dict": None} | content
+    checkpoint = Checkpoint(**{n: content[n] for n in NAMES if n in content})
     _check_values(checkpoint)
     _check_tensors(checkpoint)
     return checkpoint
@@ -135,27 +134,32 @@ def _check_values(checkpoint: Checkpoint) -> None:
         value = getattr(checkpoint, name)
         if not isinstance(value, str) or value not in known:
             raise Unreadable(f"has {name} {short(value)}, known are {', '.join(known)}")
-    for name in ("settings", "history", "results", "optimizer"):
+    for name in ("settings", "history", "results"):
         value = getattr(checkpoint, name)
-        odd = set() if name == "optimizer" else odd_types_in(value)
-        if odd or not isinstance(value, dict):
+        if (odd := odd_types_in(value)) or not isinstance(value, dict):
             names = ", ".join(sorted(t.__name__ for t in odd or {type(value)}))
             raise Unreadable(f"has {name} of {names}, must be a dictionary of plain values")
-    history, epochs = checkpoint.history, checkpoint.settings.get("epochs")
+    history, columns = checkpoint.history, checkpoint.history.values()
     if history and set(history) != set(COLUMNS):
         raise Unreadable(f"has a history of {short(list(history))}, not of {', '.join(COLUMNS)}")
-    columns = history.values()
-    if any(type(c) is not list or not all(map(is_finite, c)) for c in columns):
-        raise Unreadable("has a history with values that are not finite numbers")
-    if len({len(c) for c in columns}) > 1:
-        raise Unreadable("has a history whose columns differ in length")
-    if history and isinstance(epochs, int):
-        done = len(history["lr"])
-        if done > epochs or (0 < done < epochs and not checkpoint.optimizer):
-            raise Unreadable(
-                f"has a history of {done} epochs where its settings say {epochs}, "
-                f"and {'an' if checkpoint.optimizer else 'no'} optimizer state to go on with"
-            )
+    finite = all(type(c) is list and all(map(is_finite, c)) for c in columns)
+    if not finite or len({len(c) for c in columns}) > 1:
+        raise Unreadable("has a history that is not finite numbers, one per column and epoch")
+    done = len(history.get("lr", ()))
+    epochs = checkpoint.settings.get("epochs", done)
+    if type(epochs) is not int or done > epochs:
+        raise Unreadable(f"has {done} epochs of history, its settings say epochs = {short(epochs)}")
+    if 0 < done < epochs and checkpoint.optimizer == {}:
+        raise Unreadable(f"has {done} of {epochs} epochs, but no optimizer state to go on with")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no first weights: on the meta device that would only import a compiler, for seconds."""
+
+    def __torch_function__(self, function, _, args=(), options=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return None
+        return function(*args, **(options or {}))
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
@@ -167,15 +171,11 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         if not isinstance(cfg, list) or not all(type(v) in (int, float, str) for v in cfg):
             raise ValueError(f"cfg = {short(cfg)}: must be a list of channel counts and 'M'")
         check_cfg(cfg)
-        with torch.device("meta"):  # shapes without memory, however wide the cfg says it is
+        with torch.device("meta"), _Undrawn():  # no memory, however wide the cfg says it is
             model = ARCHITECTURES[checkpoint.architecture](cfg, num_classes=checkpoint.num_classes)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Unreadable(f"does not describe a {checkpoint.architecture} ({error})") from error
     expected = model.state_dict()
-    # Files from before torch 0.4.1 lack this counter; nothing depends on its value.
-    for name in expected:
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, torch.tensor(0))
     if expected.keys() != state.keys():
         differ = ", ".join(sorted(expected.keys() ^ state.keys())[:3])
         raise Unreadable(f"has other layers than its cfg says ({differ})")
@@ -183,16 +183,18 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         check_tensor(name, state[name], value)
         if name.endswith("running_var") and (state[name] < 0).any():
             raise Unreadable(f"has a negative variance in {name}")
-    if checkpoint.optimizer:
+    if checkpoint.optimizer != {}:
         _check_optimizer(checkpoint.optimizer, list(model.parameters()))
 
 
 def _check_optimizer(optimizer: dict, parameters: list[Tensor]) -> None:
-    momentum, scaler = optimizer.get("momentum"), optimizer.get("scaler")
-    fits = isinstance(momentum, list) and len(momentum) == len(parameters)
-    if not fits or not isinstance(scaler, dict) or len(optimizer) != 2:
-        raise Unreadable("has an optimizer state that is not a momentum per parameter and a scaler")
+    if not isinstance(optimizer, dict) or optimizer.keys() != {"momentum", "scaler"}:
+        raise Unreadable("has an optimizer state that is not one of momentum and scaler")
+    momentum, scaler = optimizer["momentum"], optimizer["scaler"]
+    if not isinstance(momentum, list) or len(momentum) != len(parameters):
+        raise Unreadable("has an optimizer state without a momentum for each parameter")
     for value, weight in zip(momentum, parameters, strict=True):
         check_tensor("the optimizer's momentum", value, weight)
-    if set(scaler) not in (set(), SCALER) or not all(map(is_finite, scaler.values())):
+    known = isinstance(scaler, dict) and set(scaler) in (set(), GRAD_SCALER)
+    if not known or not all(map(is_finite, scaler.values())):
         raise Unreadable("has an optimizer state whose scaler is not one of torch")

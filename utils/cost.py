@@ -3,10 +3,11 @@
 import copy
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,48 +54,46 @@ def fold_bn(model: VGG) -> VGG:
     return folded
 
 
-def latency(model: VGG, batch_size: int, **options) -> float:
-    """Seconds for one batch on the model's device, BN folded, float32: the median.
-
-    (On a GPU of compute capability 8 or more torch computes float32 convolutions in TF32.)
-
-    Options: `input_shape` (3, 32, 32), `num_threads` (torch's own), `min_run_time` (0.3 s).
-    """
-    return _measure(model, batch_size, **options).median
-
-
-def compare_latency(
-    models: Mapping[str, VGG], batch_size: int, *, rounds: int = 3, **options
-) -> dict[str, Measurement]:
-    """`latency` of several networks, taken in turns so that a busy moment hits them all.
-
-    For each a Measurement, with `.median` and `.iqr`.
-    """
-    taken: dict[str, list[Measurement]] = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            taken[name].append(_measure(model, batch_size, **options))
-    # Timer calls them the same task only if the label is the same; the lists are ours to merge.
-    return {name: next(iter(Measurement.merge(m))) for name, m in taken.items()}
-
-
-def _measure(
-    model: VGG,
-    batch_size: int,
-    *,
-    input_shape: tuple[int, int, int] = (3, 32, 32),
-    num_threads: int | None = None,
-    min_run_time: float = 0.3,
-) -> Measurement:
-    device = next(model.parameters()).device
-    model = fold_bn(model).to(memory_format=torch.channels_last)
-    images = torch.randn(batch_size, *input_shape, device=device)
+def eager(model: VGG, images: Tensor) -> Callable[[], Tensor]:
+    """A call that runs `model` on `images` as in use: BN folded, channels_last, no gradient."""
+    folded = fold_bn(model).to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
-    timer = Timer(
-        "model(images)",
-        globals={"model": model, "images": images},
-        num_threads=num_threads or torch.get_num_threads(),
-    )
-    with torch.inference_mode():
-        model(images)  # a GPU's first call at a new size is slow, and Timer would measure that
-        return timer.blocked_autorange(min_run_time=min_run_time)
+    return torch.inference_mode()(partial(folded, images))
+
+
+def latency(
+    model: VGG, batch_size: int, *, input_shape: tuple[int, int, int] = (3, 32, 32), **options
+) -> float:
+    """Seconds for one batch on the model's device, `eager`, float32: the median.
+
+    `options` are those of `take_turns`. (On a GPU of compute capability 8 or more torch computes
+    float32 convolutions in TF32.)
+    """
+    images = torch.randn(batch_size, *input_shape, device=next(model.parameters()).device)
+    step = {"": eager(model, images)}
+    return take_turns(step, **{"rounds": 1} | options)[""].median
+
+
+def take_turns(
+    steps: Mapping[Hashable, Callable[[], object]],
+    *,
+    num_threads: int | None = None,
+    rounds: int = 3,
+    min_run_time: float = 0.3,
+    timer: Callable[[], float] | None = None,
+) -> dict[Hashable, Measurement]:
+    """Seconds of each step, with `.median` and `.iqr`; in turns, so a busy moment hits them all.
+
+    `num_threads` are torch's (None: as they are); a turn takes about `min_run_time` seconds.
+    `timer` is the clock, by default one that waits for a GPU; time.thread_time counts one thread's
+    own work alone.
+    """
+    options = {"num_threads": num_threads or torch.get_num_threads()}
+    options |= {"timer": timer} if timer else {}
+    taken: dict[Hashable, list[Measurement]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()  # until now the caches were another's; a GPU's first call loads kernels
+            turn = Timer("step()", globals={"step": step}, **options)
+            taken[name].append(turn.blocked_autorange(min_run_time=min_run_time))
+    return {name: next(iter(Measurement.merge(m))) for name, m in taken.items()}

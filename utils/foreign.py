@@ -3,6 +3,7 @@
 import re
 from reprlib import repr as short
 
+import torch
 from torch import Tensor
 
 from utils.archive import SAVE_ANEW, Unreadable, plain
@@ -25,6 +26,9 @@ def as_checkpoint(content: dict) -> dict:
         raise Unreadable(f"is not a checkpoint (no weights by name; it holds {found})", SAVE_ANEW)
     if all(map(WRAPPERS.match, weights)):
         weights = {WRAPPERS.sub("", name): value for name, value in weights.items()}
+    # Files from before torch 0.4.1 lack this counter; nothing depends on its value.
+    for name in [name for name in weights if name.endswith("running_var")]:
+        weights.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     cfg = content.get("cfg")
     cfg = _cfg_of(weights) if cfg is None else _whole_numbers(plain(cfg))
     return {"kind": "original lab", "cfg": cfg, "state_dict": weights}

@@ -53,9 +53,9 @@ def record(run: Run, notebook: str, values: dict, device: torch.device | str) ->
             "machine": describe_machine(device),
             **values,
         }
-        if notebook == NOTEBOOKS[2]:
-            results[notebook]["cut"] = _cut(results)
         for other in NOTEBOOKS:
+            if other == NOTEBOOKS[2] == notebook:
+                results[notebook]["cut"] = _cut(results)
             if other in results and (why := foreign(results, other, run.id)):
                 print(f"{path}: {other}.ipynb {why}: its old results are left out, run it again")
                 del results[other]
@@ -74,8 +74,9 @@ def foreign(results: dict, notebook: str, run_id: str) -> str:
 
 
 def _cut(results: dict) -> str:
-    cuts = results.get(NOTEBOOKS[1], {}).get("cuts", [])
-    said = [[c["l1_lambda"], c["pruning_ratio"], c["min_channels"], c["cfg"]] for c in cuts]
+    cuts = results.get(NOTEBOOKS[1], {}).get("cuts")
+    names = ("l1_lambda", "pruning_ratio", "min_channels", "cfg")
+    said = [[c.get(name) for name in names] for c in cuts or () if isinstance(c, dict)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
@@ -113,11 +114,21 @@ def formatted(rows: list[dict]) -> pd.DataFrame:
 
 
 def tables(results: dict) -> dict[str, pd.DataFrame]:
-    """The tables of a run by name: training, cuts, networks, ways; none for what has not run."""
+    """The tables of a run by name: training, cuts, networks, ways; none for what has not run.
+
+    Raises ValueError if a section lacks what its table shows.
+    """
+    try:
+        rows = _rows(*(results.get(name, {}) for name in NOTEBOOKS))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{FILE}: a section lacks {error}; run its notebook again") from None
+    return {name: formatted(found) for name, found in rows.items() if found}
+
+
+def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
     rungs = ("before the cut", "raw cut", "β absorbed", "BN recalibrated",
              "β absorbed, BN recalibrated")  # fmt: skip
-    trained, cut, tuned = (results.get(name, {}) for name in NOTEBOOKS)
-    rows = {
+    return {
         "training": [
             {
                 "λ": r["l1_lambda"],
@@ -136,13 +147,13 @@ def tables(results: dict) -> dict[str, pd.DataFrame]:
         ],
         "ways": tuned.get("ways", []),
     }
-    return {name: formatted(found) for name, found in rows.items() if found}
 
 
 def report(folder: str | Path) -> str:
     """What the notebooks found, as tables in Markdown; what is missing or foreign is said."""
     results = read(folder)
-    run_id = results.get(NOTEBOOKS[0], {}).get("run")
+    # A run that cuts what another trained (save_as) has no section of the first notebook.
+    run_id = next((results[name].get("run") for name in NOTEBOOKS if name in results), None)
     said = []
     for name in NOTEBOOKS:
         why = foreign(results, name, run_id) if name in results else "has not run"
@@ -159,11 +170,16 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def refresh(text: str) -> str:
-    """`text` with every quoted table made anew from the results that its marker names."""
+    """`text` with every quoted table made anew from the results that its marker names.
+
+    Raises ValueError where there is no such table.
+    """
 
     def quote(match: re.Match) -> str:
-        table = tables(read(match[2]))[match[3]]
-        return match[1] + markdown(table) + match[4]
+        found = tables(read(match[2]))
+        if match[3] not in found:
+            raise ValueError(f"{match[2]}: no table {match[3]!r}, there are {', '.join(found)}")
+        return match[1] + markdown(found[match[3]]) + match[4]
 
     return QUOTED.sub(quote, text)
 

@@ -108,8 +108,11 @@ def begin(
     if one of this name was begun with other settings or images. (λ's may be added or left out: each
     has a file of its own.)
     """
-    if profile.precision == "auto":
-        profile = dataclasses.replace(profile, precision=fast_precision(device))
+    file = Path("checkpoints") / profile.name / "run.json"
+    before = _read(file) if file.exists() else None
+    if profile.precision == "auto":  # decided once: on other hardware a run goes on as it began
+        decided = before.profile.precision if before else fast_precision(device)
+        profile = dataclasses.replace(profile, precision=decided)
     images = {
         "name": data.name,
         "digest": data.digest,
@@ -117,11 +120,9 @@ def begin(
         "train": len(data.train_labels),
         "test": len(data.test_labels),
     }
-    today = datetime.date.today().isoformat()
-    run = Run(profile, images, describe_machine(device), today)
-    file = run.checkpoints / "run.json"
-    if file.exists():
-        before = _read(file)
+    now = datetime.datetime.now().isoformat(" ", timespec="seconds")
+    run = Run(profile, images, describe_machine(device), now)
+    if before:
         _require_same(run, before, file)
         if run.id == before.id:
             return _last(before) if remember else before
@@ -136,11 +137,7 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     They are kept with the run, for the notebooks that follow. `save_as` gives what follows to a run
     of its own, which cuts the same trained networks. Raises RunError if there is no such run.
     """
-    if name is None:
-        note = Path(os.environ.get("LAB_LAST_RUN") or LAST_RUN)
-        if not note.exists():
-            raise RunError(f"no run yet ({note.resolve()} is missing): run sparsity_train.ipynb")
-        name = note.read_text("utf-8").strip()
+    name = name or last_run()
     file = Path("checkpoints") / name / "run.json"
     if not file.exists():
         known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
@@ -153,10 +150,21 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     if save_as and save_as != run.name:
         changes["name"] = save_as
         run = dataclasses.replace(run, trained_in=run.trained_in or run.name)
+        file = Path("checkpoints") / save_as / "run.json"
+        if file.exists() and (_read(file).trained_in, _read(file).id) != (run.trained_in, run.id):
+            raise RunError(f"save_as = {save_as!r}: a run of other networks is there; name another")
     run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, **changes))
     if changes:
         _write(run)
     return _last(run)
+
+
+def last_run() -> str:
+    """The name of the run that a notebook was last run for. Raises RunError if there is none."""
+    note = Path(os.environ.get("LAB_LAST_RUN") or LAST_RUN)
+    if not note.exists():
+        raise RunError(f"no run yet ({note.resolve()} is missing): run sparsity_train.ipynb")
+    return note.read_text("utf-8").strip()
 
 
 def _write(run: Run) -> None:
@@ -173,6 +181,8 @@ def _read(file: Path) -> Run:
         run = Run(Profile(**content["profile"]), **rest)
         if run.id != content["id"]:
             raise ValueError("its id does not fit its settings")
+        if run.name != file.parent.name:
+            raise ValueError(f"it is of the run {run.name!r}, so the folder has to be called that")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{file.resolve()}: not readable ({error}). It says what the checkpoints beside it "
@@ -183,8 +193,7 @@ def _read(file: Path) -> Run:
 
 def _last(run: Run) -> Run:
     """Remember `run` for the notebook that is opened next."""
-    note = Path(os.environ.get("LAB_LAST_RUN") or LAST_RUN)
-    write_whole(note, f"{run.name}\n".encode())
+    write_whole(os.environ.get("LAB_LAST_RUN") or LAST_RUN, f"{run.name}\n".encode())
     return run
 
 

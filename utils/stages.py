@@ -5,7 +5,6 @@ is there already. Called again, a step that is done just loads.
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from utils.checkpoint import Checkpoint, load, save
 from utils.compensation import slim_repaired
 from utils.config import Profile
 from utils.data import ImageData
+from utils.prepare import folder_path
 from utils.pruning import PruningPlan, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
@@ -81,6 +81,7 @@ def trained_networks(run: Run, data: ImageData) -> dict[float, Trained]:
             f"images are {data.name} ({data.digest}): set LAB_DATA back, or open another run"
         )
     found, wrong = {}, []
+    fixed = run.settings | {"images": data.digest, "cfg": run.profile.cfg}
     for l1_lambda in sorted(run.profile.l1_lambdas):
         file = run.trained_file(l1_lambda)
         if not file.exists():
@@ -90,9 +91,10 @@ def trained_networks(run: Run, data: ImageData) -> dict[float, Trained]:
         history, epochs = History(**saved.history), run.profile.epochs
         if len(history) < epochs:
             wrong.append(f"λ = {l1_lambda:g}: {len(history)} of {epochs} epochs are done")
+        wanted = fixed | {"l1_lambda": l1_lambda}
         differ = [
             f"{k} = {saved.settings[k]!r}, the run has {v!r}"
-            for k, v in {**run.settings, "images": data.digest, "l1_lambda": l1_lambda}.items()
+            for k, v in wanted.items()
             if k in saved.settings and saved.settings[k] != v
         ]
         wrong += [f"λ = {l1_lambda:g} was made with {d}" for d in differ]
@@ -120,9 +122,11 @@ def judge(
         plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
         gammas = scaling_factors(model)
         accuracy = f"{history.train_accuracy[-1]:.2f} % on the training images"
-        if is_collapsed(gammas, swing(history.lr[-1], l1_lambda, run.profile.momentum)):
-            alive = 100 * (gammas >= EPS).double().mean()
-            reason = f"collapsed: |γ| ≥ {EPS:g} in {alive:.1f} % of the channels; λ is too strong"
+        swung = swing(history.lr[-1], l1_lambda, run.profile.momentum)
+        if l1_lambda > 0 and is_collapsed(gammas, swung):
+            reach = max(EPS, 3 * swung)
+            alive = 100 * (gammas >= reach).double().mean()
+            reason = f"collapsed: |γ| ≥ {reach:g} in {alive:.1f} % of the channels; λ is too strong"
         elif gains[l1_lambda] <= 0:
             reason = f"has learned nothing: {accuracy}, guessing has {guessing:.2f} %"
         elif gains[l1_lambda] < LEARNED * best:
@@ -184,12 +188,14 @@ def slim_networks(
             wrong.append(f"{100 * ratio:g} % were not cut ({file} is missing)")
             continue
         slimmed = found[ratio] = load(file, kind="slim")
-        source = networks.get(slimmed.settings["l1_lambda"])
-        if source is None or weights_digest(source.model) != slimmed.settings["cut from"]:
+        said = slimmed.settings.get
+        source = networks.get(said("l1_lambda"))
+        if source is None or weights_digest(source.model) != said("cut from"):
             wrong.append(f"{file} was cut from another network than the run has now")
-        if slimmed.settings["min_channels"] != run.profile.min_channels:
-            wrong.append(f"{file} was cut with another min_channels")
-    if len({c.settings["l1_lambda"] for c in found.values()}) > 1:
+        for name, value in (("pruning_ratio", ratio), ("min_channels", run.profile.min_channels)):
+            if said(name) != value:
+                wrong.append(f"{file} was cut with {name} = {said(name)}, the run has {value}")
+    if len({c.settings.get("l1_lambda") for c in found.values()}) > 1:
         wrong.append("the slim networks were cut from different λ")
     if wrong:
         raise RunError(f"the run {run.name}: {'; '.join(wrong)}. Run vggprune.ipynb")
@@ -255,6 +261,17 @@ def from_scratch(network: VGG, seed: int) -> VGG:
     return fresh.to(next(network.parameters()).device)
 
 
-def with_seed(profile: Profile, seed: int) -> Profile:
-    """The same settings, another order and augmentation."""
-    return dataclasses.replace(profile, seed=seed)
+def from_elsewhere(file: str, data: ImageData) -> VGG:
+    """The network in a file of somebody else, such as `{'cfg', 'state_dict'}`, to be fine-tuned.
+
+    Raises ValueError if it tells other classes apart or takes images of another kind.
+    """
+    file = folder_path(file)
+    found = load(file)
+    first = next(v for v in found.state_dict.values() if v.dim() == 4)
+    if found.num_classes != len(data.classes) or first.shape[1] != 3:
+        raise ValueError(
+            f"lab_file = {str(file)!r}: a network for {first.shape[1]} colour channels and "
+            f"{found.num_classes} classes; the images have 3 and {len(data.classes)}"
+        )
+    return found.model().to(data.train_images.device)
