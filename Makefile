@@ -63,7 +63,7 @@ coverage: .venv/dev
 	$(BIN)/python -m pytest -q --cov=models --cov=utils --cov=scripts --cov-report=term-missing
 
 # Each environment file is made anew when one of its requirements files changes.
-.venv/lab: requirements.txt
+.venv/lab: requirements.txt requirements-export.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(addprefix --requirement ,$^)
 	touch $@

@@ -2,13 +2,17 @@
 
     .venv/bin/python -m benchmarks.latency           # a few minutes on one thread
 
-The networks have random weights, which take as long as trained ones. All take turns, in every form;
+The networks have random weights, which take as long as trained ones. All take turns in every form;
 a time is the median of the seconds that the one thread itself computed, so that other work on the
-machine does not count. The absolute times hold for one machine.
+machine counts only by what it takes from the caches. The absolute times hold for one machine.
+
+Widths in 16s made the 90 % network 1.6 to 2.2 times faster in ONNX Runtime and 1.2 to 1.3 in eager
+float32, with 8 % fewer MACs. What they do to the accuracy has not been tried.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,6 +122,7 @@ def main() -> None:
     report = {
         "machine": describe_machine("cpu") | {"onnxruntime": version("onnxruntime")},
         "clock": "seconds computed by the one thread (time.thread_time)",
+        "load average": round(os.getloadavg()[0], 1),
         "rounds": options.rounds,
         "latency": rows,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from utils.config import PROFILES, get_profile
 from utils.files import write_whole
@@ -69,6 +69,8 @@ def run_all(profile: str) -> Path:
                 execute(name, target)
             except CellExecutionError as error:
                 sys.exit(f"{name}.ipynb stopped: {error.ename}: {error.evalue}")
+            except DeadKernelError:
+                sys.exit(f"{name}.ipynb: its kernel died, as it does when memory runs out")
             finally:
                 if last_run.exists():
                     folder = ROOT / "figures" / last_run.read_text("utf-8").strip()

@@ -20,12 +20,17 @@ from scripts.rubric import BLANKS, BY_HAND, NOTEBOOKS, POINTS, Blank
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDED_OUT = (
-    "models/*.py", "utils/*.py", "requirements.txt", "LICENSE", "docs/report_*",
+    "models/*.py", "utils/*.py", "LICENSE", "docs/report_*",
+    "requirements.txt", "requirements-export.txt", "requirements-handin.txt",
     "scripts/__init__.py", "scripts/run_lab.py", "scripts/hand_in.py",
 )  # fmt: skip
 REGION = re.compile(r"( *)### BEGIN SOLUTION\n(.*?) *### END SOLUTION(?:\n|$)", re.DOTALL)
 HIDDEN = re.compile(r"\n### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS", re.DOTALL)
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()\n"
+NBGRADER = """c = get_config()
+c.Execute.timeout = None  # a cell may train
+c.Execute.iopub_timeout = 60  # seconds, on a machine that is busy
+"""
 
 REDUCED = {
     "utils/sparsity.py": '''
@@ -165,6 +170,7 @@ def main() -> None:
     if options.nbgrader:
         folder = options.out / "source" / "network_slimming"
         write(folder, teachers_edition)
+        (options.out / "nbgrader_config.py").write_text(NBGRADER, "utf-8")
     else:
         folder = options.out
         write(folder)

@@ -249,6 +249,10 @@ def test_what_is_no_single_number_is_refused(value):
         plan_pruning(VGG([4, 4]), value)
 
 
+def test_where_every_gamma_is_0_a_cut_loses_nothing():
+    assert plan_pruning(network([0.0, -0.0, 0.0], [0.0]), 0.5).mass_cut == 0
+
+
 def test_neither_share_or_both_is_an_error():
     for shares in ({}, {"pruning_ratio": 0.5, "macs": 0.5}):
         with pytest.raises(ValueError, match=r"pruning_ratio = .*, macs = .*: give exactly one"):

@@ -64,10 +64,8 @@ def test_an_empty_blank_is_named_by_its_number(number, monkeypatch):
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_solutions_put_back_pass_every_check(number, monkeypatch, kept_aside, capsys):
-    name = BLANKS[number - 1].notebook
-    [solution] = [solutions(b.notebook) for b in BLANKS if b is BLANKS[number - 1]]
-    first = next(n for n in NUMBERS if BLANKS[n - 1].notebook == name)
-    check(number, answered(number, solution[number - first]), monkeypatch)
+    solution = [text for name in NOTEBOOKS for text in solutions(name)][number - 1]
+    check(number, answered(number, solution), monkeypatch)
     assert f"✓ {BLANKS[number - 1].name}" in capsys.readouterr().out
 
 
@@ -150,9 +148,7 @@ def load_from(folder, path: str):
 
 
 def test_no_solution_and_no_output_is_handed_out(folder):
-    answers = [
-        line.strip() for n in NOTEBOOKS for text in solutions(n) for line in text.split("\n")
-    ]
+    answers = [line.strip() for n in NOTEBOOKS for t in solutions(n) for line in t.split("\n")]
     texts = {p: p.read_text("utf-8") for p in folder.rglob("*") if p.suffix in (".py", ".ipynb")}
     assert not [p for p, text in texts.items() for a in filter(None, answers) if a in text]
     assert not [p for p, text in texts.items() if "SOLUTION" in text or "HIDDEN" in text]
@@ -193,15 +189,13 @@ def test_slim_runs_what_the_student_wrote(folder, monkeypatch, kept_aside):
 
     check(7, answered(7, solutions("vggprune")[-1]), monkeypatch)
     images = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(
-        handed_out.slim(model, plan)(images), pruning.slim(model, plan)(images)
-    )
+    wanted = pruning.slim(model, plan)(images)
+    torch.testing.assert_close(handed_out.slim(model, plan)(images), wanted)
 
     written = blanks.WRITTEN.read_text("utf-8")
     blanks.WRITTEN.write_text(changed(written, "classifier.bias.data.clone()",
                                       "classifier.bias.data + 1"), "utf-8")  # fmt: skip
-    one_more = pruning.slim(model, plan)(images) + 1
-    torch.testing.assert_close(handed_out.slim(model, plan)(images), one_more)
+    torch.testing.assert_close(handed_out.slim(model, plan)(images), wanted + 1)
 
 
 def test_a_folder_that_holds_work_is_left_alone(folder, tmp_path):
