@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 TRAIN, TEST, SPARSITY = "tab:blue", "tab:green", "tab:orange"
 
@@ -247,6 +247,9 @@ def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) 
         ylabel="test accuracy (%)",
         title=f"What pruning and 8 bits bring: {data}",
     )
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
