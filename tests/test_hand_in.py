@@ -220,7 +220,7 @@ def test_checkpoints_of_another_training_are_named(lab):
     with pytest.raises(SystemExit) as stopped:
         hand_in("RE6121011", "demo", root=lab)
     assert "trained_lambda_0.01.pt: of another training" in str(stopped.value)
-    assert "trained_lambda_0.pt: not found" in str(stopped.value)
+    assert "trained_lambda_0.pt: No such file" in str(stopped.value)
 
 
 @pytest.mark.parametrize("student", ["", "../RE6121011", "RE 6121011", "學生"])
