@@ -117,7 +117,7 @@ def on_cluster(client, tasks: list[Task], call: Callable[[Task], dict] = do) -> 
     names = [f"{task.run.name} {task.file.stem} {task.follows_from}" for task in tasks]
     futures = client.map(call, tasks, key=names)  # two sweeps with the same task share it
     of = dict(zip(names, tasks, strict=True))
-    for future in as_completed(futures):
+    for future in as_completed(futures, loop=client.loop):
         if error := future.exception():
             yield of[future.key].row(reason=f"{type(error).__name__}: {error}")
         else:
