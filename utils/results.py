@@ -187,7 +187,7 @@ def refresh(text: str) -> str:
 def write_page(folder: Path) -> None:
     """README.md in `folder`: whose results these are, the tables, the pictures."""
     results = read(folder)
-    section = next((results[name] for name in NOTEBOOKS if name in results), {})
+    section = next((results[name] for name in reversed(NOTEBOOKS) if name in results), {})
     profile, machine = section.get("profile", {}), section.get("machine", {})
     lines = [
         f"# {folder.name}",
