@@ -16,7 +16,7 @@ from utils.files import write_whole
 from utils.plots import save
 from utils.results import markdown
 from utils.runs import Run
-from utils.sweeps import COLUMNS
+from utils.sweeps import CELL, COLUMNS
 
 TABLE = "results.csv"
 
@@ -26,7 +26,7 @@ def write_table(rows: Iterable[dict], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: [row[c] for c in COLUMNS[:3]]))
+    writer.writerows(sorted(rows, key=lambda row: [row[name] for name in CELL]))
     write_whole(path, text.getvalue().encode("utf-8"))
 
 
@@ -40,7 +40,7 @@ def write_page(folder: Path, run: Run) -> None:
     for draw in (accuracy_against_macs, accuracy_against_ratio, sparsity_against_lambda):
         save(draw(table, images), folder / f"{draw.__name__}.png")
     failed = table[(table["pruning_ratio"] == 0) & table["reason"].notna()]
-    failed = failed[["l1_lambda", "seed", "reason"]].rename(columns={"l1_lambda": "λ"})
+    reasons = [f"- λ = {r.l1_lambda:g}, seed {r.seed}: {r.reason}" for r in failed.itertuples()]
     lines = [
         f"# {folder.name}",
         f"{images}, VGG-{profile.depth} at width {profile.width:g}, {profile.epochs} + "
@@ -49,7 +49,7 @@ def write_page(folder: Path, run: Run) -> None:
         "Test accuracy in %, mean ± deviation over the seeds: of the trained networks, and of the "
         "slim ones after fine-tuning.",
         markdown(_means(table)),
-        *(["Not worth fine-tuning:", markdown(failed.set_index("λ"))] if len(failed) else []),
+        *(["Not fine-tuned:", "\n".join(reasons)] if reasons else []),
         *(f"![{p.stem.replace('_', ' ')}]({p.name})" for p in sorted(folder.glob("*.png"))),
         f"*Written by `python -m scripts.sweep`, from {TABLE}.*",
     ]
@@ -77,10 +77,14 @@ def _final_accuracy(table: pd.DataFrame) -> pd.Series:
 
 def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
     """One line per λ over the MACs of its fine-tuned networks, the dense ones beside them, and a
-    ring around each that no other beats in both (the Pareto front of the means)."""
+    ring around each that no other beats in both (the Pareto front of the means).
+
+    What has a `reason`, such as a collapse, is left out: its accuracy would squeeze all others.
+    """
     figure, (ax,) = _panels(1, width=7.5, height=4.6)
     at = ["l1_lambda", "pruning_ratio"]
-    means = table.assign(accuracy=_final_accuracy(table)).dropna(subset="accuracy").groupby(at)
+    sound = table.assign(accuracy=_final_accuracy(table))[table["reason"].isna()]
+    means = sound.dropna(subset="accuracy").groupby(at)
     points = means.agg(macs=("macs", "mean"), mean=("accuracy", "mean"), std=("accuracy", _std))
     for k, (l1_lambda, line) in enumerate(points.groupby(level="l1_lambda")):
         dense = line.index.get_level_values("pruning_ratio") == 0
@@ -111,7 +115,7 @@ def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
 def accuracy_against_ratio(table: pd.DataFrame, data: str) -> Figure:
     """One panel per λ: test accuracy after the raw cut, repaired and fine-tuned."""
     lambdas = sorted(table["l1_lambda"].unique())
-    figure, axes = _panels(len(lambdas), width=3.4, height=3.4)
+    figure, axes = _panels(len(lambdas), width=3.0, height=3.3)
     names = {"raw_accuracy": "raw cut", "repaired_accuracy": "repaired",
              "finetuned_accuracy": "fine-tuned"}  # fmt: skip
     for ax, l1_lambda in zip(axes, lambdas, strict=True):
