@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from processes import start
+from killers import Fake, die
+from processes import run
 from tiny import tiny_data
 
 from scripts import sweep
-from utils import stages, sweep_report, sweeps, workers
+from utils import checkpoint, files, stages, sweep_report, sweeps, workers
 from utils.config import Profile
 from utils.data import ImageData
 from utils.files import file_lock
@@ -64,19 +65,19 @@ def table() -> pd.DataFrame:
 def test_a_row_is_what_the_stages_give():
     (made,) = make(lambdas=(0.0, 1e-3))
     data, profile = shades(), made.profile
-    run = begin(replace(profile, name="by_hand"), data, "cpu")
-    dense, history = stages.train(run, data, 1e-3)
+    by_hand = begin(replace(profile, name="by_hand"), data, "cpu")
+    dense, history = stages.train(by_hand, data, 1e-3)
     plan = plan_pruning(dense, 0.5, min_channels=profile.min_channels)
     calibration = data.calibration_batches(
         seed=profile.seed, crop_padding=profile.crop_padding, flip=profile.flip
     )
-    cut = stages.cut_on(run, data, dense, plan, calibration)
+    cut = stages.cut_on(by_hand, data, dense, plan, calibration)
     row = table().loc[(1e-3, 0.5, 1)]
     accuracies = {
         "trained": history.test_accuracy[-1],
         "raw": evaluate(slim(dense, plan), data.plain_batches("test", 1000)).accuracy,
         "repaired": evaluate(cut, data.plain_batches("test", 1000)).accuracy,
-        "finetuned": stages.finetune(run, data, cut).history.test_accuracy[-1],
+        "finetuned": stages.finetune(by_hand, data, cut).history.test_accuracy[-1],
     }
     assert {name: row[f"{name}_accuracy"] for name in accuracies} == accuracies
     assert row["realised_ratio"] == plan.realised_ratio
@@ -145,8 +146,7 @@ def test_ratios_that_keep_the_same_channels_share_a_network():
 
 def test_an_orphan_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     """A worker of a killed sweep still holds the lock; when it lets go, its row is taken."""
-    run = begin(plan()[0], shades(), "cpu")
-    task = sweeps.Task(run, 0.0)
+    task = sweeps.Task(begin(plan()[0], shades(), "cpu"), 0.0)
     row = sweeps.do(task)
     monkeypatch.setattr(sweeps, "_trained", None)
     orphans = file_lock(task.file).acquire()
@@ -165,53 +165,45 @@ def test_an_orphan_is_waited_for(monkeypatch: pytest.MonkeyPatch):
 # --- killed --------------------------------------------------------------------------------------
 
 
-def sweep_in_a_child(folder: Path, finished: Path) -> None:
+def sweep_and_die(folder: Path, writes: int, after: bool) -> None:
+    """A sweep that is killed before or after it has written its `writes`-th file."""
+    left = writes
+
+    def write_whole(path: Path, content: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left or after:
+            files.write_whole(path, content)
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     os.chdir(folder)
+    for module in (sweeps, checkpoint, sweep_report):
+        module.write_whole = write_whole
     sweeps.load_data = lambda name: shades()
-    make(lambdas=(0.0, 1e-3), seeds=(1, 2))
-    finished.touch()
+    make()
 
 
 @pytest.mark.reliability
 def test_killed_anywhere(tmp_path: Path, draw: random.Random, times):
-    """A sweep killed at random moments and restarted ends with the same table, nothing redone"""
-    make(lambdas=(0.0, 1e-3), seeds=(1, 2))
-    wanted, finished = TABLE.read_bytes(), tmp_path / "finished"
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    seen: dict[Path, int] = {}
-    for _ in times(4, 200):
-        child = start(sweep_in_a_child, folder, finished)
-        child.join(draw.uniform(0.1, 0.6))
-        child.kill()
-        child.join()
-        for row in folder.glob("checkpoints/*/row_*.json"):
-            assert seen.setdefault(row, row.stat().st_mtime_ns) == row.stat().st_mtime_ns
-    while not finished.exists():
-        start(sweep_in_a_child, folder, finished).join(60)
-    assert (folder / TABLE).read_bytes() == wanted
-    assert seen
-    assert all(row.stat().st_mtime_ns == time for row, time in seen.items())
-
-
-def tasks(count: int) -> list[sweeps.Task]:
-    run = begin(plan()[0], shades(), "cpu")
-    return [sweeps.Task(run, 0.0, k / 10) for k in range(count)]
-
-
-def die(task: sweeps.Task, once: Path | None = None) -> dict:
-    """The first task kills its worker, each time or only `once`, which a file remembers."""
-    if task.pruning_ratio == 0 and not (once and once.exists()):
-        if once:
-            once.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task.row()
+    """A sweep killed at random moments and restarted: the same table, nothing finished redone"""
+    make()
+    for k in times(1, 50):
+        folder, done, kills = tmp_path / f"killed_{k}", {}, 0
+        folder.mkdir()
+        while run(sweep_and_die, folder, draw.randint(1, 6), draw.random() < 0.5) < 0:
+            kills += 1
+            now = {f: f.stat().st_mtime_ns for f in folder.glob("checkpoints/*/row_*.json")}
+            assert now | done == now
+            done = now
+        assert kills > 1
+        assert (folder / TABLE).read_bytes() == TABLE.read_bytes()
 
 
 def test_a_task_that_kills_its_worker_each_time_is_a_row(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(workers, "GIVE_UP", 1)
-    rows = workers.on_this_machine(tasks(2), workers=2, call=die)
-    assert {r["pruning_ratio"]: r["reason"] for r in rows} == {0.0: workers.KILLED, 0.1: None}
+    rows = workers.on_this_machine([Fake(0), Fake(1)], workers=2, call=die)
+    assert {r["seed"]: r["reason"] for r in rows} == {0: workers.KILLED, 1: None}
 
 
 def test_two_dask_workers_reached_by_an_address_and_one_of_them_killed(tmp_path: Path):
@@ -223,10 +215,9 @@ def test_two_dask_workers_reached_by_an_address_and_one_of_them_killed(tmp_path:
     ):
         assert workers.check_workers(client, cluster.scheduler_address) == 2
         call = functools.partial(die, once=tmp_path / "killed")
-        rows = list(workers.on_cluster(client, tasks(6), call))
+        rows = list(workers.on_cluster(client, [Fake(k) for k in range(6)], call))
     assert (tmp_path / "killed").exists()
-    assert sorted(r["pruning_ratio"] for r in rows) == [t.pruning_ratio for t in tasks(6)]
-    assert not any(r["reason"] for r in rows)
+    assert {r["seed"]: r["reason"] for r in rows} == dict.fromkeys(range(6))
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -257,6 +248,7 @@ def test_bad_input_is_named_before_anything_starts(arguments: list[str], named: 
 
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("distributed")
+    monkeypatch.setattr(workers, "PATIENCE", 0.2)
     monkeypatch.setenv("LAB_CLUSTER", "tcp://127.0.0.1:9")
     with pytest.raises(SystemExit, match=r"LAB_CLUSTER = 'tcp://127.0.0.1:9'"):
         sweep.main(["--profile", "smoke"])

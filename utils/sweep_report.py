@@ -16,7 +16,7 @@ from utils.files import write_whole
 from utils.plots import save
 from utils.results import markdown
 from utils.runs import Run
-from utils.sweeps import COLUMNS
+from utils.sweeps import CELL, COLUMNS
 
 TABLE = "results.csv"
 
@@ -26,7 +26,7 @@ def write_table(rows: Iterable[dict], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: [row[c] for c in COLUMNS[:3]]))
+    writer.writerows(sorted(rows, key=lambda row: [row[name] for name in CELL]))
     write_whole(path, text.getvalue().encode("utf-8"))
 
 

@@ -31,8 +31,10 @@ from utils.runs import Run
 from utils.sources import load_data
 from utils.training import DivergenceError, evaluate
 
+CELL = ("l1_lambda", "pruning_ratio", "seed")
+"""The columns that say which row it is."""
 COLUMNS = (
-    "l1_lambda", "pruning_ratio", "seed", "realised_ratio", "macs", "parameters", "sparsity",
+    *CELL, "realised_ratio", "macs", "parameters", "sparsity",
     "trained_accuracy", "raw_accuracy", "repaired_accuracy", "finetuned_accuracy", "reason",
 )  # fmt: skip
 """Of the table; accuracies are in % of the test images, sparsity is that of the trained network.
@@ -62,10 +64,18 @@ class Task(NamedTuple):
         facts = [settings, self.run.data["digest"], self.l1_lambda, self.pruning_ratio]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def cell(self) -> tuple[float, float, int]:
+        """The row's place in the table."""
+        return self.l1_lambda, self.pruning_ratio, self.run.profile.seed
+
+    @property
+    def name(self) -> str:
+        """The same for the same work, and for no other."""
+        return f"{self.run.name} {self.file.stem} {self.follows_from}"
+
     def row(self, **values) -> dict:
-        known = {"l1_lambda": self.l1_lambda, "pruning_ratio": self.pruning_ratio}
-        known["seed"] = self.run.profile.seed
-        return dict.fromkeys(COLUMNS) | known | values
+        return dict.fromkeys(COLUMNS) | dict(zip(CELL, self.cell, strict=True)) | values
 
 
 def trainings(runs: Iterable[Run]) -> list[Task]:

@@ -12,11 +12,14 @@ import joblib
 import torch
 
 from utils.files import write_whole
-from utils.sweeps import HandOut, Task, do
+from utils.sweeps import CELL, HandOut, Task, do
 
 KILLED = "its worker was killed again and again: is memory short?"
 GIVE_UP = 3
 """Times in a row that a worker may be killed, with nothing done in between."""
+
+PATIENCE = 10.0
+"""Seconds in which a scheduler must answer."""
 
 
 class SweepError(Exception):
@@ -47,27 +50,23 @@ def on_this_machine(
     If a worker is killed, what was under way is done again. After GIVE_UP times in a row the tasks
     go one by one, and the one whose worker is killed then is given up: its row says so.
     """
-    waiting, killed = dict(enumerate(tasks)), 0
+    waiting, killed = {task.cell: task for task in tasks}, 0
     while waiting:
         pool = joblib.Parallel(workers, batch_size=1, return_as="generator_unordered")
-        chosen = list(waiting.items())[: 1 if killed == GIVE_UP else None]
+        chosen = list(waiting.values())[: 1 if killed == GIVE_UP else None]
         try:
-            for k, row in pool(joblib.delayed(_numbered)(k, call, task) for k, task in chosen):
-                del waiting[k]
+            for row in pool(joblib.delayed(call)(task) for task in chosen):
+                del waiting[tuple(row[name] for name in CELL)]
                 killed = 0
                 yield row
         except BrokenProcessPool:
             if killed == GIVE_UP:
                 killed = 0
-                lost = waiting.pop(chosen[0][0])
-                yield lost.row(reason=KILLED)
+                del waiting[chosen[0].cell]
+                yield chosen[0].row(reason=KILLED)
             else:
                 killed += 1
                 print("\na worker was killed: its task is done again", file=sys.stderr)
-
-
-def _numbered(k: int, call: Callable[[Task], dict], task: Task) -> tuple[int, dict]:
-    return k, call(task)
 
 
 def connect(address: str):
@@ -80,7 +79,7 @@ def connect(address: str):
             "python -m pip install -r requirements-cluster.txt"
         ) from None
     try:
-        return Client(address, timeout=10, set_as_default=False)
+        return Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise SweepError(
             f"LAB_CLUSTER = {address!r}: no scheduler answers there ({error}). "
@@ -114,9 +113,9 @@ def on_cluster(client, tasks: list[Task], call: Callable[[Task], dict] = do) -> 
     """
     from distributed import as_completed
 
-    names = [f"{task.run.name} {task.file.stem} {task.follows_from}" for task in tasks]
-    futures = client.map(call, tasks, key=names)  # two sweeps with the same task share it
-    of = dict(zip(names, tasks, strict=True))
+    of = {task.name: task for task in tasks}  # two sweeps with the same task share it
+    # Batches: the first task is under way before the last is known.
+    futures = client.map(call, tasks, key=list(of), batch_size=100)
     for future in as_completed(futures, loop=client.loop):
         if error := future.exception():
             yield of[future.key].row(reason=f"{type(error).__name__}: {error}")
