@@ -189,7 +189,8 @@ def finetuning_curves(
         ax.grid(alpha=0.3)
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns)  # no wider than the panels
     figure.suptitle(f"Fine-tuning the slim networks on {data}")
     return figure
 
