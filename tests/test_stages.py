@@ -380,3 +380,14 @@ def test_a_network_from_elsewhere_is_fine_tuned_if_it_fits_the_images(tmp_path, 
     torch.save({"cfg": gray.cfg, "state_dict": gray.state_dict()}, "gray.pth")
     with pytest.raises(Exception, match=r"gray\.pth"):
         stages.from_elsewhere("gray.pth", DATA)
+
+
+@pytest.mark.parametrize("ratios", [None, [], [50, 90], [0.5, 1.0], [0.99]])
+def test_ladder_ratios_that_leave_no_ladder_are_named(ratios):
+    with pytest.raises(ValueError, match="ladder_ratios"):
+        stages.feasible(ratios, [VGG([4, 4])], min_channels=1)
+
+
+def test_a_ladder_ratio_that_the_floor_forbids_is_left_out_with_a_word(capsys):
+    assert stages.feasible([0.25, 0.6], [VGG([4, 4])], min_channels=2) == [0.25]
+    assert "60% left out: min_channels = 2" in capsys.readouterr().out

@@ -104,7 +104,9 @@ def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: 
     ax = axes[0][0]
     ordered = np.sort(np.abs(gammas))
     ax.plot(np.arange(1, len(ordered) + 1) / len(ordered) * 100, ordered, color="black")
-    for (ratio, threshold), color in zip(thresholds.items(), plt.cm.tab10.colors[1:], strict=False):
+    for (ratio, threshold), color in zip(
+        thresholds.items(), itertools.cycle(plt.cm.tab10.colors[1:]), strict=False
+    ):
         ax.axvline(100 * ratio, color=color, linewidth=1)
         ax.axhline(
             threshold,

@@ -5,7 +5,7 @@ is there already. Called again, a step that is done just loads.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from utils.compensation import slim_repaired
 from utils.config import Profile
 from utils.data import ImageData
 from utils.prepare import folder_path
-from utils.pruning import PruningPlan, plan_pruning
+from utils.pruning import PruningPlan, largest_ratio, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
 from utils.sparsity import EPS, add_l1_subgradient, is_collapsed, scaling_factors, swing
@@ -154,6 +154,31 @@ def choose(verdicts: Mapping[float, Verdict], l1_lambda: float | None = None) ->
         why = "; ".join(f"λ = {k:g} {v.reason}" for k, v in verdicts.items())
         raise RunError(f"no network is worth cutting: {why}")
     return min(working, key=working.get)
+
+
+def feasible(ratios: Iterable[float], models: Iterable[VGG], min_channels: int) -> list[float]:
+    """Those of `ratios` that every one of `models` can be cut by; a printed line for each other.
+
+    Raises ValueError, naming `ladder_ratios`, for what is no list of ratios or leaves none.
+    """
+    try:
+        ratios = [float(ratio) for ratio in ratios]
+    except TypeError:
+        ratios = []
+    wrong = [ratio for ratio in ratios if not 0 <= ratio < 1]
+    if wrong or not ratios:
+        shown = wrong[0] if wrong else "empty"
+        hint = f"; did you mean {shown / 100:g}?" if wrong and 1 < shown < 100 else ""
+        raise ValueError(f"ladder_ratios: {shown} must be ratios such as [0.5, 0.9]{hint}")
+    most = min(largest_ratio(model, min_channels) for model in models)
+    for ratio in [ratio for ratio in ratios if ratio > most]:
+        print(f"{100 * ratio:g}% left out: min_channels = {min_channels} keeps more channels")
+    kept = [ratio for ratio in ratios if ratio <= most]
+    if not kept:
+        raise ValueError(
+            f"ladder_ratios = {ratios}: min_channels = {min_channels} forbids them all"
+        )
+    return kept
 
 
 def save_slim(
