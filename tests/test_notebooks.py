@@ -52,6 +52,7 @@ def run_in_a_fresh_copy(folder: Path) -> tuple[Path, str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LAB_")}
     nobody = "http://127.0.0.1:9"  # what asks the network for anything fails
     environment |= dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), nobody)
+    environment["OMP_NUM_THREADS"] = "1"  # networks this small only wait for a second thread
     finished = subprocess.run(
         [sys.executable, "-m", "scripts.run_lab", "--profile", "smoke"],
         cwd=copy, env=environment, capture_output=True, text=True,
