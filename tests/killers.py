@@ -1,4 +1,4 @@
-"""Tasks that kill the worker that does them; without torch, so that workers start fast."""
+"""Tasks that fail or kill their worker; without torch, so that workers start fast."""
 
 import os
 import signal
@@ -30,3 +30,7 @@ def die(task: Fake, once: Path | None = None) -> dict:
             once.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return task.row()
+
+
+def fail(task: Fake) -> dict:
+    raise ValueError("no")

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from killers import Fake, die
+from killers import Fake, die, fail
 from processes import run
 from tiny import tiny_data
 
@@ -191,12 +191,12 @@ def test_killed_anywhere(tmp_path: Path, draw: random.Random, times):
     for k in times(1, 50):
         folder, done, kills = tmp_path / f"killed_{k}", {}, 0
         folder.mkdir()
-        while run(sweep_and_die, folder, draw.randint(1, 6), draw.random() < 0.5) < 0:
+        while run(sweep_and_die, folder, draw.randint(2, 6), draw.random() < 0.5) < 0:
             kills += 1
             now = {f: f.stat().st_mtime_ns for f in folder.glob("checkpoints/*/row_*.json")}
             assert now | done == now
             done = now
-        assert kills > 1
+        assert kills
         assert (folder / TABLE).read_bytes() == TABLE.read_bytes()
 
 
@@ -216,8 +216,10 @@ def test_two_dask_workers_reached_by_an_address_and_one_of_them_killed(tmp_path:
         assert workers.check_workers(client, cluster.scheduler_address) == 2
         call = functools.partial(die, once=tmp_path / "killed")
         rows = list(workers.on_cluster(client, [Fake(k) for k in range(6)], call))
+        (failed,) = workers.on_cluster(client, [Fake(6)], fail)
     assert (tmp_path / "killed").exists()
     assert {r["seed"]: r["reason"] for r in rows} == dict.fromkeys(range(6))
+    assert failed == Fake(6).row(reason="ValueError: no")
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -89,13 +89,15 @@ def connect(address: str):
 
 def check_workers(client, address: str) -> int:
     """How many workers there are. Raises SweepError if there is none, or one that has several
-    threads or does not work in this folder: it does not find a file that is written here."""
+    threads or does not work in this folder: it can't import the lab, or misses a new file."""
     note, text = Path("checkpoints/shared_folder.txt"), uuid.uuid4().hex
     write_whole(note, text.encode())
-    found = client.run(Path.read_text, note, on_error="return")
+    found = client.run(_read, note, on_error="return")
     note.unlink()
     threads = client.nthreads()
-    wrong = [f"{worker} does not work in this folder" for worker, t in found.items() if t != text]
+    wrong = [
+        f"{worker} does not work in this folder ({t})" for worker, t in found.items() if t != text
+    ]
     wrong += [f"{worker} has {n} threads" for worker, n in threads.items() if n > 1]
     if wrong or not threads:
         raise SweepError(
@@ -104,6 +106,10 @@ def check_workers(client, address: str) -> int:
             f"`python -m dask worker {address} --nthreads 1 --nworkers <cores>`"
         )
     return len(threads)
+
+
+def _read(note: Path) -> str:
+    return note.read_text("utf-8")
 
 
 def on_cluster(client, tasks: list[Task], call: Callable[[Task], dict] = do) -> Iterator[dict]:
@@ -116,8 +122,9 @@ def on_cluster(client, tasks: list[Task], call: Callable[[Task], dict] = do) -> 
     of = {task.name: task for task in tasks}  # two sweeps with the same task share it
     # Batches: the first task is under way before the last is known.
     futures = client.map(call, tasks, key=list(of), batch_size=100)
-    for future in as_completed(futures, loop=client.loop):
-        if error := future.exception():
-            yield of[future.key].row(reason=f"{type(error).__name__}: {error}")
-        else:
-            yield future.result()
+    done = as_completed(futures, loop=client.loop, with_results=True, raise_errors=False)
+    for future, row in done:
+        if future.status == "error":
+            kind, error, _ = row
+            row = of[future.key].row(reason=f"{kind.__name__}: {error}")
+        yield row
