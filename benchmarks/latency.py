@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from models.vgg import VGG, VGG_CFGS
-from utils.cost import fold_bn, macs, take_turns
+from utils.cost import eager, macs, take_turns
 from utils.export import export_onnx, logits, quantize_int8, session
 from utils.machine import describe_machine
 
@@ -51,15 +51,9 @@ BATCH_SIZES = (1, 256)
 
 def forms(model: VGG, path: Path, batch: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Each way to run `model`, or its files at `path`, on `batch`."""
-
-    def eager(dtype: torch.dtype) -> Callable[[], object]:
-        folded = fold_bn(model).to(dtype, memory_format=torch.channels_last)
-        images = batch.to(dtype).contiguous(memory_format=torch.channels_last)
-        return torch.inference_mode()(partial(folded, images))
-
     return {
-        "eager float32": eager(torch.float32),
-        "eager bfloat16": eager(torch.bfloat16),
+        "eager float32": eager(model, batch),
+        "eager bfloat16": eager(model, batch.bfloat16()),
         "ONNX Runtime float32": partial(logits, session(path), batch.numpy()),
         "ONNX Runtime int8": partial(logits, session(int8(path)), batch.numpy()),
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import same
 
 from models.vgg import VGG
 from utils.checkpoint import FORMAT, Checkpoint, CheckpointError, load, save
@@ -60,19 +61,6 @@ def saved_bytes(content: object, **options) -> bytes:
 
 
 WHOLE = saved_bytes(as_dict())
-
-
-def same(a: object, b: object) -> bool:
-    """Equal to the last bit, type by type, all the way down."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return same(vars(a), vars(b)) if dataclasses.is_dataclass(a) else a == b
 
 
 def assert_refused(path: Path, *said: str, kind: str | None = None, content: object = None) -> str:

@@ -55,8 +55,9 @@ def fold_bn(model: VGG) -> VGG:
 
 
 def eager(model: VGG, images: Tensor) -> Callable[[], Tensor]:
-    """A call that runs `model` on `images` as in use: BN folded, channels_last, no gradient."""
-    folded = fold_bn(model).to(memory_format=torch.channels_last)
+    """A call that runs `model` on `images`, in their precision, as in use: BN folded,
+    channels_last, no gradient."""
+    folded = fold_bn(model).to(images.dtype, memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
     return torch.inference_mode()(partial(folded, images))
 

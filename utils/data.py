@@ -44,7 +44,9 @@ class ImageData:
                 )
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """The same data on `device`: 180 MB for CIFAR-10."""
+        """The same data on `device`: 180 MB for CIFAR-10. They keep their digest where they are."""
+        if self.train_images.device == torch.device(device):
+            return self
         return replace(
             self,
             train_images=self.train_images.to(device),

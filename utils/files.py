@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -61,6 +62,17 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """`write_whole` for plain values, as JSON that reads well."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8"))
+
+
+def json_digest(content: object) -> str:
+    """A fingerprint of 16 hex digits of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_lock(path: str | Path, timeout: float = -1) -> FileLock:

@@ -19,7 +19,7 @@ def save(figure: Figure, path: Path) -> Figure:
     return figure
 
 
-def _panels(n: int, rows: int = 1, width: float = 3.6, height: float = 3.2, **options):
+def panels(n: int, rows: int = 1, width: float = 3.6, height: float = 3.2, **options):
     """A figure with `rows` × `n` panels as an array, closed for pyplot: the caller shows it."""
     figure, axes = plt.subplots(
         rows, n, figsize=(width * n, height * rows), layout="constrained", squeeze=False, **options
@@ -34,7 +34,7 @@ def sample_images(
     """A grid of images, uint8 (n, 3, h, w), ten a row, each with its class above."""
     columns = 10
     rows = -(-len(images) // columns)
-    figure, axes = _panels(columns, rows, width=1.0, height=1.2)
+    figure, axes = panels(columns, rows, width=1.0, height=1.2)
     for ax in axes.flat:
         ax.axis("off")
     for ax, image, label in zip(axes.flat, images, labels, strict=False):
@@ -46,7 +46,7 @@ def sample_images(
 
 def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: str) -> Figure:
     """One panel per λ: training and test accuracy in % on the left, sparsity on the right."""
-    figure, axes = _panels(len(histories), sharex=True, sharey=True, width=4.4, height=3.8)
+    figure, axes = panels(len(histories), sharex=True, sharey=True, width=4.4, height=3.8)
     for ax, (l1_lambda, history) in zip(axes[0], histories.items(), strict=True):
         epochs = range(1, len(history["lr"]) + 1)
         ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training accuracy")
@@ -70,7 +70,7 @@ def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: 
 
 def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure:
     """γ for each λ: on one shared axis above, each on its own scale below."""
-    figure, axes = _panels(len(gammas), rows=2, width=4.4, height=3.0)
+    figure, axes = panels(len(gammas), rows=2, width=4.4, height=3.0)
     # A few huge γ, as a collapsed network can have, must not squeeze all others into one bar.
     bulk = max(min(np.abs(g).max(), 4 * np.quantile(np.abs(g), 0.975)) for g in gammas.values())
     low = max(min(g.min() for g in gammas.values()), -bulk)
@@ -100,7 +100,7 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
 
 def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: str) -> Figure:
     """|γ| of all channels in ascending order, with the threshold of each pruning ratio."""
-    figure, axes = _panels(1, width=7.5, height=3.8)
+    figure, axes = panels(1, width=7.5, height=3.8)
     ax = axes[0][0]
     ordered = np.sort(np.abs(gammas))
     ax.plot(np.arange(1, len(ordered) + 1) / len(ordered) * 100, ordered, color="black")
@@ -128,7 +128,7 @@ def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: 
 
 def kept_channels(widths: Sequence[int], kept: Mapping[float, Sequence[int]], title: str) -> Figure:
     """One panel per pruning ratio: channels of each layer, and how many of them stay."""
-    figure, axes = _panels(len(kept), sharey=True, width=5.0, height=3.4)
+    figure, axes = panels(len(kept), sharey=True, width=5.0, height=3.4)
     layers = np.arange(1, len(widths) + 1)
     for ax, (ratio, counts) in zip(axes[0], kept.items(), strict=True):
         ax.bar(layers, widths, color="lightgray", label="dense")
@@ -153,7 +153,7 @@ def ladder(
     data: str,
 ) -> Figure:
     """One panel per λ: test accuracy in % right after the cut against the pruning ratio."""
-    figure, axes = _panels(len(curves), sharey=True, width=5.0, height=3.8)
+    figure, axes = panels(len(curves), sharey=True, width=5.0, height=3.8)
     percent = 100 * np.asarray(ratios)
     for ax, (l1_lambda, steps) in zip(axes[0], curves.items(), strict=True):
         ax.axhline(uncut[l1_lambda], color="gray", linestyle=":", label="before the cut")
@@ -177,7 +177,7 @@ def finetuning_curves(
     """One panel per slim network, three a row: accuracy in % over the epochs, from the cut on."""
     columns = min(3, len(histories))
     rows = -(-len(histories) // columns)
-    figure, axes = _panels(columns, rows, sharey=True, width=3.4, height=2.9)
+    figure, axes = panels(columns, rows, sharey=True, width=3.4, height=2.9)
     for ax in axes.flat[len(histories) :]:
         ax.axis("off")
     for ax, (name, history) in zip(axes.flat, histories.items(), strict=False):
@@ -209,7 +209,7 @@ class LiveCurve:
     def __call__(self, history) -> None:
         from IPython.display import display  # only a notebook has a place to draw it
 
-        figure, ((ax,),) = _panels(1, width=4.6, height=2.4)
+        figure, ((ax,),) = panels(1, width=4.6, height=2.4)
         epochs = range(1, len(history) + 1)
         ax.plot(epochs, history.train_accuracy, color=TRAIN, marker=".", label="training accuracy")
         before = [] if self.before is None else [(0, self.before)]
@@ -230,7 +230,7 @@ class LiveCurve:
 def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) -> Figure:
     """Every network on every runtime as a point: rows of `network`, `runtime`, `accuracy` in % and
     `seconds` for one image."""
-    figure, ((ax,),) = _panels(1, width=7.5, height=4.2)
+    figure, ((ax,),) = panels(1, width=7.5, height=4.2)
     runtimes = dict.fromkeys(p["runtime"] for p in points)
     networks = dict.fromkeys(p["network"] for p in points)
     colors = dict(zip(networks, plt.cm.tab10.colors, strict=False))
@@ -267,7 +267,7 @@ def summary(table: Sequence[Mapping[str, object]], data: str) -> Figure:
         "batch of 256 (ms)": "{:.1f}",
     }
     colors = {"dense": "dimgray", "sparse": SPARSITY, "slim": TRAIN, "finetuned": TEST}
-    figure, axes = _panels(len(columns), sharey=True, width=3.1, height=0.8 + 0.45 * len(table))
+    figure, axes = panels(len(columns), sharey=True, width=3.1, height=0.8 + 0.45 * len(table))
     names = [row["network"] for row in table]
     for ax, (column, form) in zip(axes[0], columns.items(), strict=True):
         values = [row[column] for row in table]

@@ -4,7 +4,6 @@ python -m utils.results figures/quick        # print the tables
 python -m utils.results README.md            # make the tables quoted in a file anew
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from utils.files import file_lock, write_whole
+from utils.files import file_lock, json_digest, write_json, write_whole
 from utils.machine import describe_machine
 from utils.runs import Run
 
@@ -53,14 +52,13 @@ def record(run: Run, notebook: str, values: dict, device: torch.device | str) ->
             "machine": describe_machine(device),
             **values,
         }
-        for other in NOTEBOOKS:
-            if other == NOTEBOOKS[2] == notebook:
-                results[notebook]["cut"] = _cut(results)
-            if other in results and (why := foreign(results, other, run.id)):
+        for other in [n for n in NOTEBOOKS if n in results and n != notebook]:
+            if why := foreign(results, other, run.id):
                 print(f"{path}: {other}.ipynb {why}: its old results are left out, run it again")
                 del results[other]
-        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-        write_whole(path, text.encode("utf-8"))
+        if notebook == NOTEBOOKS[2]:
+            results[notebook]["cut"] = _cut(results)
+        write_json(path, results)
 
 
 def foreign(results: dict, notebook: str, run_id: str) -> str:
@@ -77,7 +75,7 @@ def _cut(results: dict) -> str:
     cuts = results.get(NOTEBOOKS[1], {}).get("cuts")
     names = ("l1_lambda", "pruning_ratio", "min_channels", "cfg")
     said = [[c.get(name) for name in names] for c in cuts or () if isinstance(c, dict)]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    return json_digest(said)
 
 
 def read(folder: str | Path) -> dict:

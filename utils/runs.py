@@ -7,7 +7,6 @@ theirs. What is missing or foreign raises a RunError before anything is drawn or
 
 import dataclasses
 import datetime
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from utils.config import Profile
 from utils.data import ImageData
 from utils.engine import fast_precision
-from utils.files import write_whole
+from utils.files import json_digest, write_json, write_whole
 from utils.machine import describe_machine
 
 CUT = ("pruning_ratios", "min_channels")
@@ -65,8 +64,7 @@ class Run:
     def id(self) -> str:
         """16 hex digits that stand for all that the trained networks follow from."""
         settings = {k: v for k, v in self.settings.items() if k not in (*CUT, *FINETUNE)}
-        text = json.dumps([settings, self.data["digest"]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return json_digest([settings, self.data["digest"]])
 
     @property
     def settings(self) -> dict:
@@ -124,9 +122,10 @@ def begin(
     run = Run(profile, images, describe_machine(device), now)
     if before:
         _require_same(run, before, file)
-        if run.id == before.id:
-            return _last(before) if remember else before
-    _write(run)
+    if before and run.id == before.id:
+        run = before
+    else:
+        _write(run)
     return _last(run) if remember else run
 
 
@@ -170,8 +169,7 @@ def last_run() -> str:
 def _write(run: Run) -> None:
     content = {"id": run.id, "name": run.name, "profile": dataclasses.asdict(run.profile)}
     content |= {k: getattr(run, k) for k in ("data", "machine", "began", "trained_in")}
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_whole(run.checkpoints / "run.json", text.encode("utf-8"))
+    write_json(run.checkpoints / "run.json", content)
 
 
 def _read(file: Path) -> Run:
@@ -200,10 +198,9 @@ def _last(run: Run) -> Run:
 def _require_same(wanted: Run, found: Run, file: Path) -> None:
     free = ("l1_lambdas", *CUT, *FINETUNE)
     pairs = {k: (found.settings[k], v) for k, v in wanted.settings.items() if k not in free}
-    pairs["images"] = tuple(f"{r.data['name']} ({r.data['digest']})" for r in (found, wanted))
+    if found.data["digest"] != wanted.data["digest"]:  # a folder may have been renamed
+        pairs["images"] = tuple(f"{r.data['name']} ({r.data['digest']})" for r in (found, wanted))
     differ = [f"{k} = {a}, now {b}" for k, (a, b) in pairs.items() if a != b]
-    if found.data["digest"] == wanted.data["digest"]:
-        differ = [d for d in differ if not d.startswith("images")]
     if found.trained_in:
         differ.append(f"the networks of the run {found.trained_in}")
     if differ:

@@ -46,11 +46,16 @@ def swing(lr: float, l1_lambda: float, momentum: float) -> float:
     return lr * l1_lambda / (1 - momentum)
 
 
+def reach(swing: float) -> float:
+    """Above this |γ| a channel is on: EPS, or 3 swings where λ is strong (at momentum 0.9 a γ
+    overshoots zero by up to 2.5)."""
+    return max(EPS, 3 * swing)
+
+
 def is_collapsed(gammas: Tensor, swing: float = 0.0) -> bool:
     """True when λ was so strong that less than 3 % of the channels stay on.
 
-    `swing` is that of the last lr: above EPS, but below 3 swings, |γ| only says that λ is strong
-    (at momentum 0.9 a γ overshoots zero by up to 2.5). Not "none stay on": a few may, in a network
-    that hardly works any more (seen at λ = 1e-2: 30 of 1,376 channels, 24 % accuracy).
+    `swing` is that of the last lr. Not "none stay on": a few may, in a network that hardly works
+    any more (seen at λ = 1e-2: 30 of 1,376 channels, 24 % accuracy).
     """
-    return (gammas.abs() >= max(EPS, 3 * swing)).double().mean().item() < 0.03
+    return (gammas.abs() >= reach(swing)).double().mean().item() < 0.03

@@ -20,7 +20,7 @@ from utils.prepare import folder_path
 from utils.pruning import PruningPlan, largest_ratio, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
-from utils.sparsity import EPS, add_l1_subgradient, is_collapsed, scaling_factors, swing
+from utils.sparsity import add_l1_subgradient, is_collapsed, reach, scaling_factors, swing
 from utils.step import Penalty
 from utils.training import fit
 
@@ -120,22 +120,20 @@ def judge(
     verdicts = {}
     for l1_lambda, (model, history) in networks.items():
         plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
-        gammas = scaling_factors(model)
+        gammas, works = scaling_factors(model), False
         accuracy = f"{history.train_accuracy[-1]:.2f} % on the training images"
         swung = swing(history.lr[-1], l1_lambda, run.profile.momentum)
         if l1_lambda > 0 and is_collapsed(gammas, swung):
-            reach = max(EPS, 3 * swung)
-            alive = 100 * (gammas >= reach).double().mean()
-            reason = f"collapsed: |γ| ≥ {reach:g} in {alive:.1f} % of the channels; λ is too strong"
+            on = reach(swung)
+            alive = 100 * (gammas >= on).double().mean()
+            reason = f"collapsed: |γ| ≥ {on:g} in {alive:.1f} % of the channels; λ is too strong"
         elif gains[l1_lambda] <= 0:
             reason = f"has learned nothing: {accuracy}, guessing has {guessing:.2f} %"
         elif gains[l1_lambda] < LEARNED * best:
             reason = f"has learned much less than the best: {accuracy}"
         else:
-            share = f"the channels to go hold {plan.mass_cut:.2%} of Σ|γ|"
-            verdicts[l1_lambda] = Verdict(True, plan.mass_cut, share)
-            continue
-        verdicts[l1_lambda] = Verdict(False, plan.mass_cut, reason)
+            works, reason = True, f"the channels to go hold {plan.mass_cut:.2%} of Σ|γ|"
+        verdicts[l1_lambda] = Verdict(works, plan.mass_cut, reason)
     return verdicts
 
 
@@ -237,10 +235,12 @@ def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan, calibrati
     source = weights_digest(network)
     file = run.checkpoints / f"cut_{plan.kept}_of_{source}.pt"
     cfg = list(plan.cfg)
-    if not (file.exists() and load(file, kind="slim").cfg == cfg):
+    saved = load(file, kind="slim") if file.exists() else None
+    if saved is None or saved.cfg != cfg:
         slimmed = slim_repaired(network, plan, calibration)
         save(file, Checkpoint("slim", cfg, slimmed.state_dict(), {"images": data.digest}))
-    return load(file, kind="slim").model().to(data.train_images.device)
+        saved = load(file, kind="slim")
+    return saved.model().to(data.train_images.device)
 
 
 def train_again(run: Run, data: ImageData, network: VGG, l1_lambda: float, label: str) -> Trained:

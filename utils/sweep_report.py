@@ -5,7 +5,6 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from utils.files import write_whole
-from utils.plots import save
+from utils.plots import panels, save
 from utils.results import markdown
 from utils.runs import Run
 from utils.sweeps import CELL, COLUMNS
@@ -81,7 +80,8 @@ def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
 
     What has a `reason`, such as a collapse, is left out: its accuracy would squeeze all others.
     """
-    figure, (ax,) = _panels(1, width=7.5, height=4.6)
+    figure, ((ax,),) = panels(1, width=7.5, height=4.6)
+    ax.grid(alpha=0.3)
     at = ["l1_lambda", "pruning_ratio"]
     sound = table.assign(accuracy=_final_accuracy(table))[table["reason"].isna()]
     means = sound.dropna(subset="accuracy").groupby(at)
@@ -115,7 +115,7 @@ def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
 def accuracy_against_ratio(table: pd.DataFrame, data: str) -> Figure:
     """One panel per λ: test accuracy after the raw cut, repaired and fine-tuned."""
     lambdas = sorted(table["l1_lambda"].unique())
-    figure, axes = _panels(len(lambdas), width=3.0, height=3.3)
+    figure, (axes,) = panels(len(lambdas), width=3.0, height=3.3, sharey=True)
     names = {"raw_accuracy": "raw cut", "repaired_accuracy": "repaired",
              "finetuned_accuracy": "fine-tuned"}  # fmt: skip
     for ax, l1_lambda in zip(axes, lambdas, strict=True):
@@ -124,6 +124,7 @@ def accuracy_against_ratio(table: pd.DataFrame, data: str) -> Figure:
             _mean_line(ax, rows, "pruning_ratio", column, label=name)
         ax.axhline(rows["trained_accuracy"].mean(), color="gray", ls=":", label="before the cut")
         ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
+        ax.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"What a cut costs, and what comes back: {data}")
@@ -132,7 +133,8 @@ def accuracy_against_ratio(table: pd.DataFrame, data: str) -> Figure:
 
 def sparsity_against_lambda(table: pd.DataFrame, data: str) -> Figure:
     """Share of channels with |γ| near 0 in the trained networks, and their test accuracy."""
-    figure, (ax,) = _panels(1, width=6, height=3.8)
+    figure, ((ax,),) = panels(1, width=6, height=3.8)
+    ax.grid(alpha=0.3)
     dense = table[table["pruning_ratio"] == 0].assign(sparsity=lambda t: 100 * t["sparsity"])
     dense["λ"] = dense["l1_lambda"].rank(method="dense")  # evenly spaced, 0 beside the smallest
     _mean_line(ax, dense, "λ", "sparsity", label="sparsity (% of the channels)")
@@ -142,16 +144,6 @@ def sparsity_against_lambda(table: pd.DataFrame, data: str) -> Figure:
     ax.set(xlabel="λ", ylabel="%", ylim=(0, 103), title=f"What λ does: {data}")
     ax.legend()
     return figure
-
-
-def _panels(count: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(
-        1, count, figsize=(width * count, height), layout="constrained", squeeze=False, sharey=True
-    )
-    plt.close(figure)  # the caller shows it
-    for ax in axes[0]:
-        ax.grid(alpha=0.3)
-    return figure, axes[0]
 
 
 def _mean_line(ax: Axes, rows: pd.DataFrame, x: str, y: str, label: str) -> None:

@@ -6,7 +6,6 @@ its own beside the checkpoints, so a sweep called again does only what is missin
 
 import contextlib
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -23,7 +22,7 @@ from utils import stages
 from utils.config import Profile
 from utils.cost import macs, num_parameters
 from utils.data import ImageData
-from utils.files import file_lock, write_whole
+from utils.files import file_lock, json_digest, write_json
 from utils.machine import pick_device
 from utils.pruning import plan_pruning, slim
 from utils.resume import weights_digest
@@ -62,7 +61,7 @@ class Task(NamedTuple):
         """16 hex digits that stand for all that the row depends on."""
         settings = {k: v for k, v in self.run.settings.items() if k not in DONE_ELSEWHERE}
         facts = [settings, self.run.data["digest"], self.l1_lambda, self.pruning_ratio]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return json_digest(facts)
 
     @property
     def cell(self) -> tuple[float, float, int]:
@@ -118,9 +117,7 @@ def do(task: Task) -> dict:
                     row = _cut(task) if task.pruning_ratio else _trained(task)
                 except DivergenceError as error:
                     row = task.row(reason=str(error))
-            content = {"follows_from": task.follows_from, "row": row}
-            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            write_whole(task.file, text.encode("utf-8"))
+            write_json(task.file, {"follows_from": task.follows_from, "row": row})
         except Exception as error:
             return task.row(reason=f"{type(error).__name__}: {error}")
     return row
@@ -200,8 +197,9 @@ def _alone(path: Path) -> Iterator[None]:
 def missing_rows(runs: Iterable[Run], hand_out: HandOut) -> Iterator[dict]:
     """The rows that no file has yet, as they come: the trained networks, then all that is cut."""
     first = trainings(runs)
-    rows = [row for task in first if (row := finished(task))]
-    for row in hand_out([task for task in first if not finished(task)]):
+    done = [finished(task) for task in first]
+    rows = [row for row in done if row]
+    for row in hand_out([task for task, row in zip(first, done, strict=True) if not row]):
         rows.append(row)
         yield row
     failed = {(r["l1_lambda"], r["seed"]): r["reason"] for r in rows if r["macs"] is None}
