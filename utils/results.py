@@ -187,15 +187,24 @@ def write_page(folder: Path) -> None:
     results = read(folder)
     section = next((results[name] for name in reversed(NOTEBOOKS) if name in results), {})
     profile, machine = section.get("profile", {}), section.get("machine", {})
-    lines = [
-        f"# {folder.name}",
+    settings = (
         f"{section.get('data')}, VGG-{profile.get('depth')} at width {profile.get('width')}, "
         f"{profile.get('epochs')} + {profile.get('finetune_epochs')} epochs, seed "
         f"{profile.get('seed')}, {profile.get('precision')}, last epoch. "
-        + ", ".join(f"{name} {value}" for name, value in machine.items()),
-        report(folder),
+    )
+    compose_page(folder, settings, machine, report(folder), by="utils.results", source=FILE)
+
+
+def compose_page(
+    folder: Path, settings: str, machine: dict, *body: str, by: str, source: str
+) -> None:
+    """README.md in `folder`: settings, machine, `body`, every picture there, and who wrote it."""
+    lines = [
+        f"# {folder.name}",
+        settings + ", ".join(f"{name} {value}" for name, value in machine.items()),
+        *body,
         *(f"![{p.stem.replace('_', ' ')}]({p.name})" for p in sorted(folder.glob("*.png"))),
-        "*Written by `python -m utils.results`, from results.json.*",
+        f"*Written by `python -m {by}`, from {source}.*",
     ]
     write_whole(folder / "README.md", ("\n\n".join(lines) + "\n").encode("utf-8"))
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator
 
 from utils.files import write_whole
 from utils.plots import panels, save
-from utils.results import markdown
+from utils.results import compose_page, markdown
 from utils.runs import Run
 from utils.sweeps import CELL, COLUMNS
 
@@ -40,19 +40,18 @@ def write_page(folder: Path, run: Run) -> None:
         save(draw(table, images), folder / f"{draw.__name__}.png")
     failed = table[(table["pruning_ratio"] == 0) & table["reason"].notna()]
     reasons = [f"- λ = {r.l1_lambda:g}, seed {r.seed}: {r.reason}" for r in failed.itertuples()]
-    lines = [
-        f"# {folder.name}",
+    settings = (
         f"{images}, VGG-{profile.depth} at width {profile.width:g}, {profile.epochs} + "
         f"{profile.finetune_epochs} epochs, {table['seed'].nunique()} seeds, {profile.precision}, "
-        "last epoch. " + ", ".join(f"{name} {value}" for name, value in run.machine.items()),
+        "last epoch. "
+    )
+    body = [
         "Test accuracy in %, mean ± deviation over the seeds: of the trained networks, and of the "
         "slim ones after fine-tuning.",
         markdown(_means(table)),
         *(["Not fine-tuned:", "\n".join(reasons)] if reasons else []),
-        *(f"![{p.stem.replace('_', ' ')}]({p.name})" for p in sorted(folder.glob("*.png"))),
-        f"*Written by `python -m scripts.sweep`, from {TABLE}.*",
     ]
-    write_whole(folder / "README.md", ("\n\n".join(lines) + "\n").encode("utf-8"))
+    compose_page(folder, settings, run.machine, *body, by="scripts.sweep", source=TABLE)
 
 
 def _means(table: pd.DataFrame) -> pd.DataFrame:
