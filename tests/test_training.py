@@ -267,6 +267,15 @@ def test_a_finished_run_just_loads(tmp_path, monkeypatch, capsys):
     assert "3 of 3 epochs were done before" in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_shows_the_epochs_it_has_and_a_quiet_one_only_the_last(tmp_path, capsys):
+    path, seen = tmp_path / "x.pt", []
+    train(path, quiet=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
+    assert len(lines) == 1 and "epoch   3/3" in lines[0]
+    train(path, on_epoch=lambda history: seen.append(len(history)))
+    assert seen == [3]
+
+
 def stopped_at_step(monkeypatch, number):
     steps, step = [], TrainStep.__call__
 
@@ -300,7 +309,7 @@ def test_the_stop_button_counts_what_was_saved_not_what_was_done(tmp_path, monke
     with pytest.raises(Stopped, match="stopped; 0 of 3 epochs are saved;"):
         train(tmp_path / "x.pt", save_every=1e9)
     stopped_at_step(monkeypatch, 8)
-    with pytest.raises(Stopped, match="stopped; nothing saved;"):
+    with pytest.raises(Stopped, match="stopped; nothing is saved;"):
         fit(tiny_model(), tiny_data(), tiny_profile())
 
 

@@ -260,6 +260,7 @@ def finetune(
     teacher: VGG | None = None,
     label: str = "",
     on_epoch: Callable[[History], None] | None = None,
+    quiet: bool = False,
 ) -> Trained:
     """A copy of `network`, trained without the penalty; `profile` defaults to the run's own way.
 
@@ -273,7 +274,7 @@ def finetune(
         teacher = None
     history = fit(
         model, data, how, checkpoint=file, kind="finetuned", teacher=teacher, label=label,
-        on_epoch=on_epoch,
+        on_epoch=on_epoch, quiet=quiet,
     )  # fmt: skip
     return Trained(model.eval(), history)
 

@@ -100,6 +100,7 @@ def fit(
     kind: str = "trained",
     label: str = "",
     on_epoch: Callable[[History], None] | None = None,
+    quiet: bool = False,
     save_every: float = 60.0,
 ) -> History:
     """Train `model` in place, on its device: SGD on loss + λ·Σ|γ| (Liu et al. 2017, eq. 1).
@@ -108,7 +109,8 @@ def fit(
     predictions to the targets, weighted by `profile.distillation`. With `checkpoint`, the last
     finished epoch is saved there as a file of this `kind`: at the end, and before it at most every
     `save_every` seconds. Called again, the run goes on after it; a run that is finished just
-    loads. `label` names the training on the progress bar; `on_epoch` is called after each epoch.
+    loads. `label` names the training on the progress bar; `on_epoch` is called after each epoch,
+    and at once with the epochs of a run that goes on. `quiet`: one line for all epochs together.
 
     Raises ValueError for λ < 0 or data that do not fit the model; CheckpointError if the file was
     made with other settings, and which; DivergenceError if the run diverges: the file then holds
@@ -124,6 +126,8 @@ def fit(
     )
     with only_writer(checkpoint):
         history, state = resume(checkpoint, kind, settings, model)
+        if history and on_epoch:
+            on_epoch(history)
         if len(history) == profile.epochs:
             return history
         print(f"{label or kind}: {engine}")
@@ -132,55 +136,40 @@ def fit(
         )
         if state:
             step.load_state_dict(state)
-
-        def save_now() -> None:
-            state = {} if len(history) == profile.epochs else step.state_dict()
-            weights = model.state_dict()
-            done = Checkpoint(kind, model.cfg, weights, settings, asdict(history), state)
-            save(checkpoint, done)
-
-        keep = save_now if checkpoint else None
-        _loop(step, data, profile, history, label, on_epoch, keep, save_every)
+        saved, saved_at = len(history), time.monotonic()
+        with _progress(label, profile, data, history) as bar:
+            try:
+                for epoch in range(len(history), profile.epochs):
+                    history.append(**_run_epoch(step, data, profile, epoch, bar))
+                    last = len(history) == profile.epochs
+                    if last or not quiet:
+                        bar.write(history.line(profile.epochs), file=sys.stdout)
+                    if checkpoint and (last or time.monotonic() - saved_at >= save_every):
+                        kept = asdict(history), {} if last else step.state_dict()
+                        weights = model.state_dict()
+                        save(checkpoint, Checkpoint(kind, model.cfg, weights, settings, *kept))
+                        saved, saved_at = len(history), time.monotonic()
+                    if on_epoch:
+                        on_epoch(history)
+            except KeyboardInterrupt:
+                kept = f"{saved} of {profile.epochs} epochs are" if checkpoint else "nothing is"
+                raise Stopped(f"stopped; {kept} saved; run this cell again to go on") from None
     return history
 
 
-def _loop(
-    step: TrainStep,
-    data: ImageData,
-    profile: Profile,
-    history: History,
-    label: str,
-    on_epoch: Callable[[History], None] | None,
-    save_now: Callable[[], None] | None,
-    save_every: float,
-) -> None:
-    """The epochs that `history` lacks; each is appended to it, printed, and saved when due."""
-    saved, saved_at = len(history), time.monotonic()
-    batches = len(data.train_batch_sizes(profile.batch_size))
-    bar = tqdm(
+def _progress(label: str, profile: Profile, data: ImageData, history: History) -> tqdm:
+    """A bar over all steps of a training, those of the epochs in `history` done."""
+    steps = len(data.train_batch_sizes(profile.batch_size))
+    return tqdm(
         desc=label,
-        total=profile.epochs * batches,
-        initial=len(history) * batches,
+        total=profile.epochs * steps,
+        initial=len(history) * steps,
         unit="step",
         smoothing=0,  # the time left from the mean speed, tests after each epoch included
         mininterval=0.5,
         leave=False,
         file=sys.stdout,
     )
-    with bar:
-        try:
-            for epoch in range(len(history), profile.epochs):
-                history.append(**_run_epoch(step, data, profile, epoch, bar))
-                bar.write(history.line(profile.epochs), file=sys.stdout)
-                late = time.monotonic() - saved_at >= save_every
-                if save_now and (late or len(history) == profile.epochs):
-                    save_now()
-                    saved, saved_at = len(history), time.monotonic()
-                if on_epoch:
-                    on_epoch(history)
-        except KeyboardInterrupt:
-            kept = f"{saved} of {profile.epochs} epochs are saved" if save_now else "nothing saved"
-            raise Stopped(f"stopped; {kept}; run this cell again to go on") from None
 
 
 def _run_epoch(
