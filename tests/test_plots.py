@@ -296,7 +296,7 @@ def test_a_live_curve_is_drawn_anew_in_its_place(monkeypatch):
     for epoch in range(2):
         history.append(**{name: HISTORY[name][epoch] for name in HISTORY})
         curve(history)
-    assert len(places) == 1 and len(places[0].figures) == 2
+    assert len(places) == 1 and len(places[0].figures) == 3  # the empty one first
     (ax,) = places[0].figures[-1].axes
     assert ax.get_title() == "λ = 0.1, CIFAR-Z"
     assert points(ax, "test accuracy") == ([0, 1, 2], [33.0, 38.0, 51.0])

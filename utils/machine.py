@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import pandas as pd
 import torch
 from packaging.requirements import Requirement
 
@@ -18,6 +19,7 @@ def set_up(labs: Sequence[Path]) -> torch.device:
     check_requirements()
     for other in [lab for lab in dict.fromkeys(labs) if lab != labs[0]]:
         print(f"(another copy of the lab, not used: {other})")
+    pd.set_option("display.max_colwidth", None)  # a reason in a table is shown to its end
     device = pick_device()
     print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     return device

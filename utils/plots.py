@@ -204,27 +204,33 @@ class LiveCurve:
     """
 
     def __init__(self, title: str, before: float | None = None) -> None:
-        self.title, self.before, self.shown = title, before, None
-
-    def __call__(self, history) -> None:
         from IPython.display import display  # only a notebook has a place to draw it
 
+        self.title, self.before = title, before
+        # Shown before anything is printed: an output in between would cut the progress bar in two.
+        self.shown = display(self._drawn([], [], []), display_id=True)
+
+    def __call__(self, history) -> None:
+        curves = history.train_accuracy, history.test_accuracy, history.sparsity
+        self.shown.update(self._drawn(*curves))
+
+    def _drawn(self, train: list[float], test: list[float], sparsity: list[float]) -> Figure:
         figure, ((ax,),) = panels(1, width=4.6, height=2.4)
-        epochs = range(1, len(history) + 1)
-        ax.plot(epochs, history.train_accuracy, color=TRAIN, marker=".", label="training accuracy")
-        before = [] if self.before is None else [(0, self.before)]
-        test = [*before, *zip(epochs, history.test_accuracy, strict=True)]
-        ax.plot(*zip(*test, strict=True), color=TEST, marker=".", label="test accuracy")
-        share = 100 * np.asarray(history.sparsity)
+        epochs = range(1, len(train) + 1)
+        ax.plot(epochs, train, color=TRAIN, marker=".", label="training accuracy")
+        start = [] if self.before is None else [self.before]
+        tested = [*start, *test]
+        ax.plot(
+            range(1 - len(start), len(test) + 1), tested, color=TEST, marker=".",
+            label="test accuracy",
+        )  # fmt: skip
+        share = 100 * np.asarray(sparsity)
         ax.plot(epochs, share, color=SPARSITY, linestyle="--", label="sparsity")
         ax.set(title=self.title, xlabel="epoch", ylabel="%", ylim=(0, 103))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7, loc="center right")
-        if self.shown is None:
-            self.shown = display(figure, display_id=True)
-        else:
-            self.shown.update(figure)
+        return figure
 
 
 def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) -> Figure:
