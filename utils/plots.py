@@ -215,7 +215,7 @@ class LiveCurve:
         self.shown.update(self._drawn(*curves))
 
     def _drawn(self, train: list[float], test: list[float], sparsity: list[float]) -> Figure:
-        figure, ((ax,),) = panels(1, width=4.6, height=2.4)
+        figure, ((ax,),) = panels(1, width=6.2, height=2.4)
         epochs = range(1, len(train) + 1)
         ax.plot(epochs, train, color=TRAIN, marker=".", label="training accuracy")
         start = [] if self.before is None else [self.before]
@@ -229,7 +229,7 @@ class LiveCurve:
         ax.set(title=self.title, xlabel="epoch", ylabel="%", ylim=(0, 103))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7, loc="center right")
+        figure.legend(loc="outside right center", fontsize=8)
         return figure
 
 

@@ -29,7 +29,7 @@ FORMATS = {
     "median |γ|": "{:.1e}",
     "parameters": "{:,}",
     "MACs (M)": "{:.2f}",
-    "file (kB)": "{:,.0f}",
+    **dict.fromkeys(("file (kB)", "ONNX float32 (kB)", "ONNX int8 (kB)"), "{:,.0f}"),
 }
 """How a column is written; accuracies and milliseconds, and what is not named here: two places."""
 QUOTED = re.compile(

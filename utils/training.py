@@ -130,7 +130,8 @@ def fit(
             on_epoch(history)
         if len(history) == profile.epochs:
             return history
-        print(f"{label or kind}: {engine}")
+        if not quiet:
+            print(f"{label or kind}: {engine}")
         step = make_step(
             model, profile, engine, l1_lambda=l1_lambda, penalty=penalty, teacher=teacher
         )
@@ -142,8 +143,9 @@ def fit(
                 for epoch in range(len(history), profile.epochs):
                     history.append(**_run_epoch(step, data, profile, epoch, bar))
                     last = len(history) == profile.epochs
+                    line = history.line(profile.epochs)
                     if last or not quiet:
-                        bar.write(history.line(profile.epochs), file=sys.stdout)
+                        bar.write(f"{label}: {line}" if quiet else line, file=sys.stdout)
                     if checkpoint and (last or time.monotonic() - saved_at >= save_every):
                         kept = asdict(history), {} if last else step.state_dict()
                         weights = model.state_dict()
