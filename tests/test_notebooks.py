@@ -170,6 +170,18 @@ def test_the_speed_in_the_page_is_that_of_the_recorded_benchmarks():
         assert f"they have {fewer} times fewer MACs" in readme
 
 
+def test_the_latency_in_the_page_is_that_of_the_recorded_benchmark():
+    readme = (ROOT / "benchmarks/README.md").read_text("utf-8")
+    recorded = json.loads((ROOT / "benchmarks/latency_cpu.json").read_text("utf-8"))["latency"]
+    times = {}
+    for row in recorded:
+        of = times.setdefault((row["network"], row["MACs (M)"]), {}).setdefault(row["form"], [])
+        of.append(f"{row['times faster than dense eager float32']:g}")  # for 1, then for 256
+    for (network, macs), forms in times.items():
+        cells = [network, f"{macs:g}", *(" / ".join(both) for both in forms.values())]
+        assert f"| {' | '.join(cells)} |" in readme
+
+
 def test_the_parity_in_the_page_is_that_of_the_recorded_runs():
     readme = (ROOT / "benchmarks/README.md").read_text("utf-8")
     files = sorted(ROOT.glob("benchmarks/parity_*.json"))
