@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-NOTEBOOKS = ("sparsity_train", "vggprune", "train_prune_model")
 POINTS = 5
 """For each blank."""
 

@@ -16,7 +16,8 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from scripts.rubric import BLANKS, BY_HAND, NOTEBOOKS, POINTS, Blank
+from scripts.rubric import BLANKS, BY_HAND, POINTS, Blank
+from utils.results import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDED_OUT = (

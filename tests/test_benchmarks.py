@@ -1,10 +1,14 @@
 """What the benchmarks compare is the same work."""
 
+import math
+
+import pandas as pd
+import pytest
 import torch
 from tiny import tiny_data, tiny_model, tiny_profile
 from torch.testing import assert_close
 
-from benchmarks import train_speed
+from benchmarks import train_speed, trials
 from benchmarks.train_speed import reference_optimizer, reference_step
 from utils.step import TrainStep
 
@@ -23,3 +27,26 @@ def test_the_reference_loop_trains_as_the_engine_does(monkeypatch):
     assert_close(dict(ours.state_dict()), dict(plain.state_dict()), rtol=1e-4, atol=1e-6)
     count = sum(len(labels) for _, labels in batches)
     assert_close(torch.tensor(step.read()), torch.tensor([total, 100 * correct]) / count)
+
+
+def test_a_trial_says_by_how_many_standard_errors_a_way_is_better():
+    reached = {trials.BASE: (60, 70, 80), "better": (62, 74, 86), "noise": (70, 60, 80)}
+    rows = [
+        {"way": way, "seed": seed, "accuracy (%)": accuracy, "MACs (M)": 2.0}
+        for way, accuracies in reached.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    table = trials.compare(pd.DataFrame(rows))
+    assert list(table.index) == list(reached)
+    assert table.loc["better", "gain"] == pytest.approx(4)  # 2, 4 and 6: deviation 2
+    assert table.loc["better", "gain in standard errors"] == pytest.approx(4 / (2 / math.sqrt(3)))
+    assert table.loc["noise", "gain"] == pytest.approx(0)
+    assert table.loc["better", "± (standard deviation)"] == pytest.approx(12)
+
+
+def test_each_way_of_a_trial_changes_one_thing_of_a_cut_at_once():
+    profile = tiny_profile()
+    base, *others = trials.ways(profile).values()
+    for way in others:
+        changed = {k for k, v in way.items() if v != base.get(k)}
+        assert len(changed) == 1 or changed == {"finetune_schedule", "finetune_lr"}

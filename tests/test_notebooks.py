@@ -143,7 +143,10 @@ def test_a_notebook_finds_the_lab_it_lies_in_or_says_where_to_put_it(tmp_path, m
     assert find_the_lab()[0] == tmp_path / "lab"
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "tests/README.md"])
+PAGES = ("README.md", "benchmarks/README.md", "tests/README.md", "docs/beside_the_report.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_quoted_tables_are_those_of_the_recorded_runs(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = Path(page).read_text("utf-8")
@@ -168,6 +171,17 @@ def test_the_speed_in_the_page_is_that_of_the_recorded_benchmarks():
         assert f"| {' | '.join(cells)} |" in readme
         fewer = " and ".join(f"{row['fewer MACs']:g}" for row in slim)
         assert f"they have {fewer} times fewer MACs" in readme
+
+
+def test_the_trials_in_the_page_are_those_recorded():
+    readme = (ROOT / "benchmarks/README.md").read_text("utf-8")
+    recorded = json.loads((ROOT / "benchmarks/trials_quick.json").read_text("utf-8"))["runs"]
+    reached: dict[str, list[float]] = {}
+    for row in recorded:
+        reached.setdefault(row["way"], []).append(row["accuracy (%)"])
+    for way, accuracies in reached.items():
+        mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+        assert f"| {way} | {mean:.1f} ± {deviation:.1f} |" in readme
 
 
 def test_the_latency_in_the_page_is_that_of_the_recorded_benchmark():

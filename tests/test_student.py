@@ -11,9 +11,10 @@ from cells import changed, code, execute, find, imported, lab_cells
 
 from models.vgg import VGG
 from scripts import student
-from scripts.rubric import BLANKS, BY_HAND, NOTEBOOKS, POINTS
+from scripts.rubric import BLANKS, BY_HAND, POINTS
 from utils import blanks, pruning, sparsity
 from utils.blanks import Wrong
+from utils.results import NOTEBOOKS
 
 STUB = re.compile(r" *# YOUR CODE HERE\n *raise NotImplementedError\(\)\n?")
 NUMBERS = range(1, len(BLANKS) + 1)

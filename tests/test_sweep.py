@@ -68,10 +68,7 @@ def test_a_row_is_what_the_stages_give():
     by_hand = begin(replace(profile, name="by_hand"), data, "cpu")
     dense, history = stages.train(by_hand, data, 1e-3)
     plan = plan_pruning(dense, 0.5, min_channels=profile.min_channels)
-    calibration = data.calibration_batches(
-        seed=profile.seed, crop_padding=profile.crop_padding, flip=profile.flip
-    )
-    cut = stages.cut_on(by_hand, data, dense, plan, calibration)
+    cut = stages.cut_on(by_hand, data, dense, plan)
     row = table().loc[(1e-3, 0.5, 1)]
     accuracies = {
         "trained": history.test_accuracy[-1],

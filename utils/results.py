@@ -112,7 +112,7 @@ def formatted(rows: list[dict]) -> pd.DataFrame:
 
 
 def tables(results: dict) -> dict[str, pd.DataFrame]:
-    """The tables of a run by name: training, cuts, networks, ways; none for what has not run.
+    """The tables of a run: training, cuts, networks, finetuned, ways; none for what has not run.
 
     Raises ValueError if a section lacks what its table shows.
     """
@@ -142,6 +142,15 @@ def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
         ],
         "networks": [
             {k: v for k, v in row.items() if k != "stage"} for row in tuned.get("table", [])
+        ],
+        "finetuned": [
+            {
+                "network": r["network"],
+                "training accuracy (%)": r["train_accuracy"][-1],
+                "test accuracy (%)": r["test_accuracy"][-1],
+                "channels kept in each layer": " ".join(str(v) for v in r["cfg"] if v != "M"),
+            }
+            for r in tuned.get("finetuning", [])
         ],
         "ways": tuned.get("ways", []),
     }

@@ -179,6 +179,12 @@ def feasible(ratios: Iterable[float], models: Iterable[VGG], min_channels: int) 
     return kept
 
 
+def calibration(run: Run, data: ImageData) -> list:
+    """The batches on which BN is recalibrated: training images, augmented as this run trains."""
+    how = run.profile
+    return data.calibration_batches(seed=how.seed, crop_padding=how.crop_padding, flip=how.flip)
+
+
 def save_slim(
     run: Run, data: ImageData, l1_lambda: float, model: VGG, plan: PruningPlan, slimmed: VGG,
     results: dict,
@@ -229,7 +235,7 @@ def _slim_file(run: Run, ratio: float) -> Path:
     return run.checkpoints / f"slim_{ratio:g}.pt"
 
 
-def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan, calibration: list) -> VGG:
+def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan) -> VGG:
     """`network` cut by `plan` and repaired. Kept in a file, so that what is trained afterwards goes
     on from the very same bits, on another machine too."""
     source = weights_digest(network)
@@ -237,7 +243,7 @@ def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan, calibrati
     cfg = list(plan.cfg)
     saved = load(file, kind="slim") if file.exists() else None
     if saved is None or saved.cfg != cfg:
-        slimmed = slim_repaired(network, plan, calibration)
+        slimmed = slim_repaired(network, plan, calibration(run, data))
         save(file, Checkpoint("slim", cfg, slimmed.state_dict(), {"images": data.digest}))
         saved = load(file, kind="slim")
     return saved.model().to(data.train_images.device)

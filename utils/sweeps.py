@@ -138,12 +138,9 @@ def _cut(task: Task) -> dict:
     run = replace(task.run, profile=alone)
     trained = stages.trained_networks(run, data)[task.l1_lambda]
     plan = plan_pruning(trained.model, task.pruning_ratio, min_channels=alone.min_channels)
-    calibration = data.calibration_batches(
-        seed=alone.seed, crop_padding=alone.crop_padding, flip=alone.flip
-    )
     # Two ratios close together may keep the same channels, and then share their files.
     with _alone(run.checkpoints / f"kept_{plan.kept}_of_{weights_digest(trained.model)}"):
-        slimmed = stages.cut_on(run, data, trained.model, plan, calibration)
+        slimmed = stages.cut_on(run, data, trained.model, plan)
         row = _measured(task, trained, slimmed) | {
             "realised_ratio": plan.realised_ratio,
             "raw_accuracy": _accuracy(slim(trained.model, plan), data, alone),

@@ -1,0 +1,109 @@
+"""How to cut hard: ways to the hardest ratio, judged on training images that were held out.
+
+    .venv/bin/python -m benchmarks.trials                      # quick, minutes
+    .venv/bin/python -m benchmarks.trials --profile laptop     # hours; goes on where it was stopped
+
+A fifth of the training images takes the place of the test images, so that what is chosen here can
+still be tested on those. Each way changes one thing of a single cut as the profile has it. A gain
+counts if it is larger than two standard errors of its mean over the seeds.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from utils import stages
+from utils.config import Profile, get_profile
+from utils.cost import macs
+from utils.data import ImageData
+from utils.machine import describe_machine, pick_device
+from utils.pruning import plan_pruning
+from utils.runs import Run, begin
+from utils.sources import load_data
+
+BASE = "one cut"
+
+
+def ways(profile: Profile) -> dict[str, dict]:
+    """What each way changes in `profile`."""
+    once: dict = {"multipass_ratios": ()}
+    hardest, floor, epochs = (
+        max(profile.pruning_ratios),
+        profile.min_channels,
+        profile.finetune_epochs,
+    )
+    return {
+        BASE: once,
+        f"a floor of {2 * floor}": once | {"min_channels": 2 * floor},
+        f"a floor of {floor // 2}": once | {"min_channels": floor // 2},
+        "no crop": once | {"crop_padding": 0},
+        "schedule: step, lr 0.1": once | {"finetune_schedule": "step", "finetune_lr": 0.1},
+        "distillation 0.5": once | {"distillation": 0.5},
+        f"{3 * epochs} epochs": once | {"finetune_epochs": 3 * epochs},
+        "two passes": {"multipass_ratios": (0.7, hardest)},
+        "three passes": {"multipass_ratios": (0.7, 0.83, hardest)},
+    }
+
+
+def reached(base: Run, data: ImageData, l1_lambda: float, number: int, change: dict) -> dict:
+    """The accuracy on the held-out images of the network that one way leads to, and its cost."""
+    sparse, dense = (stages.train(base, data, strength).model for strength in (l1_lambda, 0.0))
+    run = replace(base, profile=replace(base.profile, name=f"{base.name}_way_{number}", **change))
+    profile, network, total = run.profile, sparse, sum(v for v in sparse.cfg if v != "M")
+    ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
+    for k, ratio in enumerate(ratios):
+        if k > 0:
+            network = stages.train_again(run, data, network, l1_lambda, f"pass {k}").model
+        left = sum(v for v in network.cfg if v != "M")
+        wanted = 1 - (total - round(total * ratio)) / left
+        plan = plan_pruning(network, wanted, min_channels=profile.min_channels)
+        network = stages.cut_on(run, data, network, plan)
+    tuned = stages.finetune(run, data, network, teacher=dense, label=run.name, quiet=True)
+    return {
+        "accuracy (%)": tuned.history.test_accuracy[-1],
+        "MACs (M)": macs(network) / 1e6,
+        "epochs after the first cut": (len(ratios) - 1) * profile.epochs + profile.finetune_epochs,
+    }
+
+
+def compare(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and deviation of each way, and its gain over BASE in standard errors of that gain."""
+    accuracy = rows.pivot(index="seed", columns="way", values="accuracy (%)")[rows["way"].unique()]
+    gain = accuracy.sub(accuracy[BASE], axis=0)
+    table = rows.groupby("way", sort=False).mean(numeric_only=True).drop(columns="seed")
+    table["± (standard deviation)"] = accuracy.std()
+    table["gain"] = gain.mean()
+    table["gain in standard errors"] = gain.mean() / gain.sem()
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--l1-lambda", type=float, help="default: the profile's second")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/trials_<profile>.json")
+    given = parser.parse_args()
+    profile, device = get_profile(given.profile), pick_device()
+    l1_lambda = profile.l1_lambdas[1] if given.l1_lambda is None else given.l1_lambda
+    data = load_data(profile.data).to(device)
+    held = data.hold_out(len(data.train_labels) // 5)
+    rows = []
+    for seed in range(1, given.seeds + 1):
+        named = replace(profile, seed=seed, name=f"{profile.name}_trials_seed_{seed}")
+        run = begin(named, held, device, remember=False)
+        for number, (way, change) in enumerate(ways(profile).items()):
+            found = reached(run, held, l1_lambda, number, change)
+            rows.append({"way": way, "seed": seed, **found})
+    print(f"{profile.name}, λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
+    print(compare(pd.DataFrame(rows)).round(2).to_string())
+    report = {"machine": describe_machine(device), "profile": profile.name, "data": held.name}
+    out = given.out or Path(f"benchmarks/trials_{profile.name}.json")
+    out.write_text(json.dumps(report | {"runs": rows}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
