@@ -33,7 +33,7 @@ FORMATS = {
 }
 """How a column is written; accuracies and milliseconds, and what is not named here: two places."""
 QUOTED = re.compile(
-    r"(<!-- python -m utils\.results (\S+) (\w+) -->\n\n).*?(\n\n<!-- end -->)", re.S
+    r"(<!-- python -m utils\.results (\S+) (\w+) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.S
 )
 
 
@@ -186,7 +186,7 @@ def refresh(text: str) -> str:
         found = tables(read(match[2]))
         if match[3] not in found:
             raise ValueError(f"{match[2]}: no table {match[3]!r}, there are {', '.join(found)}")
-        return match[1] + markdown(found[match[3]]) + match[4]
+        return f"{match[1]}\n{markdown(found[match[3]])}\n\n{match[4]}"
 
     return QUOTED.sub(quote, text)
 
