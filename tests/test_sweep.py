@@ -278,3 +278,14 @@ def test_the_page_shows_mean_and_deviation_and_every_picture():
     values = table().loc[(0.0, 0.5), "finetuned_accuracy"]
     assert f"{values.mean():.2f} ± {values.std():.2f}" in page
     assert all(f"({picture.name})" in page for picture in FOLDER.glob("*.png"))
+
+
+def test_the_picture_of_a_single_lambda_has_room_for_its_title_and_legend():
+    one = pd.DataFrame({"l1_lambda": 0.001, "pruning_ratio": [0.0, 0.5], "trained_accuracy": 80.0,
+                        "raw_accuracy": 10.0, "repaired_accuracy": 79.0,
+                        "finetuned_accuracy": 81.0})  # fmt: skip
+    figure = sweep_report.accuracy_against_ratio(one, "CIFAR-10")
+    figure.draw_without_rendering()
+    for part in (figure.texts[0], figure.legends[0]):
+        box = part.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1

@@ -36,7 +36,10 @@ def write_page(folder: Path, run: Run) -> None:
     """
     table = pd.read_csv(folder / TABLE)
     images, profile = run.data["name"], run.profile
-    for draw in (accuracy_against_macs, accuracy_against_ratio, sparsity_against_lambda):
+    draws = [accuracy_against_macs, accuracy_against_ratio]
+    if table["l1_lambda"].nunique() > 1:  # else it would be a single point
+        draws.append(sparsity_against_lambda)
+    for draw in draws:
         save(draw(table, images), folder / f"{draw.__name__}.png")
     failed = table[(table["pruning_ratio"] == 0) & table["reason"].notna()]
     reasons = [f"- λ = {r.l1_lambda:g}, seed {r.seed}: {r.reason}" for r in failed.itertuples()]
@@ -114,7 +117,9 @@ def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
 def accuracy_against_ratio(table: pd.DataFrame, data: str) -> Figure:
     """One panel per λ: test accuracy after the raw cut, repaired and fine-tuned."""
     lambdas = sorted(table["l1_lambda"].unique())
-    figure, (axes,) = panels(len(lambdas), width=3.0, height=3.3, sharey=True)
+    # Wide enough for the title, with a single λ, too.
+    wide = max(3.0, 6.4 / len(lambdas))
+    figure, (axes,) = panels(len(lambdas), width=wide, height=3.3, sharey=True)
     names = {"raw_accuracy": "raw cut", "repaired_accuracy": "repaired",
              "finetuned_accuracy": "fine-tuned"}  # fmt: skip
     for ax, l1_lambda in zip(axes, lambdas, strict=True):
