@@ -11,7 +11,6 @@ float32, with 8 % fewer MACs. What they do to the accuracy has not been tried.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 from models.vgg import VGG, VGG_CFGS
 from utils.cost import eager, macs, take_turns
 from utils.export import export_onnx, logits, quantize_int8, session
+from utils.files import write_json
 from utils.machine import describe_machine
 
 SLIM_50 = [32, 32, "M", 64, 64, "M", *[128] * 4, "M", *[256] * 4, "M", *[256] * 4]
@@ -120,7 +120,7 @@ def main() -> None:
         "rounds": options.rounds,
         "latency": rows,
     }
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_json(options.out, report)
 
 
 if __name__ == "__main__":

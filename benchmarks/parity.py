@@ -9,7 +9,6 @@ in which the learning rate drops: before that, the test accuracy jumps by ten po
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +16,7 @@ import torch
 
 from models.vgg import VGG
 from utils.config import get_profile
+from utils.files import write_json
 from utils.machine import describe_machine, pick_device
 from utils.sources import load_data
 from utils.training import fit
@@ -61,7 +61,7 @@ def main() -> None:
     print(compare(pd.DataFrame(rows).drop(columns="seed")).round(3).to_string())
     report = {"machine": describe_machine(device), "profile": profile.name, "data": data.name}
     out = options.out or Path(f"benchmarks/parity_{profile.name}.json")
-    out.write_text(json.dumps(report | {"runs": rows}, indent=1) + "\n", "utf-8")
+    write_json(out, report | {"runs": rows})
 
 
 if __name__ == "__main__":

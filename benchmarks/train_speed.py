@@ -8,7 +8,6 @@ ratio is the median over the rounds. The absolute times hold for one machine onl
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from utils.config import Profile, get_profile
 from utils.cost import macs
 from utils.data import ImageData
 from utils.engine import Engine, choose_engine, make_step
+from utils.files import write_json
 from utils.machine import describe_machine, pick_device
 from utils.pruning import plan_pruning, slim
 from utils.sparsity import bn_layers
@@ -305,7 +305,7 @@ def main() -> None:
         "slim": slims, **figures,
     }  # fmt: skip
     out = options.out or Path(f"benchmarks/train_speed_{engine.device}_{engine.precision}.json")
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_json(out, report)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ counts if it is larger than two standard errors of its mean over the seeds.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from models.vgg import VGG
 from utils import stages
 from utils.config import Profile, get_profile
 from utils.cost import macs
 from utils.data import ImageData
+from utils.files import write_json
 from utils.machine import describe_machine, pick_device
 from utils.pruning import plan_pruning
 from utils.runs import Run, begin
@@ -30,11 +31,8 @@ BASE = "one cut"
 def ways(profile: Profile) -> dict[str, dict]:
     """What each way changes in `profile`."""
     once: dict = {"multipass_ratios": ()}
-    hardest, floor, epochs = (
-        max(profile.pruning_ratios),
-        profile.min_channels,
-        profile.finetune_epochs,
-    )
+    hardest, epochs = max(profile.pruning_ratios), profile.finetune_epochs
+    floor = profile.min_channels
     return {
         BASE: once,
         f"a floor of {2 * floor}": once | {"min_channels": 2 * floor},
@@ -48,10 +46,9 @@ def ways(profile: Profile) -> dict[str, dict]:
     }
 
 
-def reached(base: Run, data: ImageData, l1_lambda: float, number: int, change: dict) -> dict:
-    """The accuracy on the held-out images of the network that one way leads to, and its cost."""
-    sparse, dense = (stages.train(base, data, strength).model for strength in (l1_lambda, 0.0))
-    run = replace(base, profile=replace(base.profile, name=f"{base.name}_way_{number}", **change))
+def reached(run: Run, data: ImageData, l1_lambda: float, sparse: VGG, dense: VGG) -> dict:
+    """The accuracy on the held-out images of the network that one way, the profile of `run`, makes
+    of `sparse`, and its cost."""
     profile, network, total = run.profile, sparse, sum(v for v in sparse.cfg if v != "M")
     ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
     for k, ratio in enumerate(ratios):
@@ -95,14 +92,16 @@ def main() -> None:
     for seed in range(1, given.seeds + 1):
         named = replace(profile, seed=seed, name=f"{profile.name}_trials_seed_{seed}")
         run = begin(named, held, device, remember=False)
+        sparse, dense = (stages.train(run, held, strength).model for strength in (l1_lambda, 0.0))
         for number, (way, change) in enumerate(ways(profile).items()):
-            found = reached(run, held, l1_lambda, number, change)
+            of_its_own = replace(run.profile, name=f"{run.name}_way_{number}", **change)
+            found = reached(replace(run, profile=of_its_own), held, l1_lambda, sparse, dense)
             rows.append({"way": way, "seed": seed, **found})
     print(f"{profile.name}, λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
     print(compare(pd.DataFrame(rows)).round(2).to_string())
     report = {"machine": describe_machine(device), "profile": profile.name, "data": held.name}
     out = given.out or Path(f"benchmarks/trials_{profile.name}.json")
-    out.write_text(json.dumps(report | {"runs": rows}, indent=1) + "\n", "utf-8")
+    write_json(out, report | {"runs": rows})
 
 
 if __name__ == "__main__":

@@ -143,13 +143,14 @@ def fit(
                 for epoch in range(len(history), profile.epochs):
                     history.append(**_run_epoch(step, data, profile, epoch, bar))
                     last = len(history) == profile.epochs
-                    line = history.line(profile.epochs)
                     if last or not quiet:
+                        line = history.line(profile.epochs)
                         bar.write(f"{label}: {line}" if quiet else line, file=sys.stdout)
                     if checkpoint and (last or time.monotonic() - saved_at >= save_every):
-                        kept = asdict(history), {} if last else step.state_dict()
-                        weights = model.state_dict()
-                        save(checkpoint, Checkpoint(kind, model.cfg, weights, settings, *kept))
+                        weights, entries = model.state_dict(), asdict(history)
+                        state = {} if last else step.state_dict()
+                        done = Checkpoint(kind, model.cfg, weights, settings, entries, state)
+                        save(checkpoint, done)
                         saved, saved_at = len(history), time.monotonic()
                     if on_epoch:
                         on_epoch(history)
