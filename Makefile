@@ -12,7 +12,7 @@
 # make clean-checkpoints  remove the checkpoints of every run, after a question
 #
 # PROFILE=quick|laptop|cifar10|paper   LAB_DATA=a folder of images   LAB_EPOCHS=10   RUN=a name
-# Without PROFILE it is quick, whose images need no network.
+# Without PROFILE `make lab` is quick, whose images need no network (a sweep on a GPU: cifar10).
 
 PYTHON ?= python3
 BIN    := .venv/bin

@@ -11,7 +11,6 @@ float32, with 8 % fewer MACs. What they do to the accuracy has not been tried.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -116,7 +115,6 @@ def main() -> None:
     report = {
         "machine": describe_machine("cpu") | {"onnxruntime": version("onnxruntime")},
         "clock": "seconds computed by the one thread (time.thread_time)",
-        "load average": round(os.getloadavg()[0], 1),
         "rounds": options.rounds,
         "latency": rows,
     }

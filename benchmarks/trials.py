@@ -21,7 +21,6 @@ from utils.cost import macs
 from utils.data import ImageData
 from utils.files import write_json
 from utils.machine import describe_machine, pick_device
-from utils.pruning import plan_pruning
 from utils.runs import Run, begin
 from utils.sources import load_data
 
@@ -49,15 +48,12 @@ def ways(profile: Profile) -> dict[str, dict]:
 def reached(run: Run, data: ImageData, l1_lambda: float, sparse: VGG, dense: VGG) -> dict:
     """The accuracy on the held-out images of the network that one way, the profile of `run`, makes
     of `sparse`, and its cost."""
-    profile, network, total = run.profile, sparse, sum(v for v in sparse.cfg if v != "M")
+    profile, network = run.profile, sparse
     ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
     for k, ratio in enumerate(ratios):
         if k > 0:
             network = stages.train_again(run, data, network, l1_lambda, f"pass {k}").model
-        left = sum(v for v in network.cfg if v != "M")
-        wanted = 1 - (total - round(total * ratio)) / left
-        plan = plan_pruning(network, wanted, min_channels=profile.min_channels)
-        network = stages.cut_on(run, data, network, plan)
+        network = stages.cut_to(run, data, network, ratio)
     tuned = stages.finetune(run, data, network, teacher=dense, label=run.name, quiet=True)
     return {
         "accuracy (%)": tuned.history.test_accuracy[-1],

@@ -41,6 +41,11 @@ def hand_in(student: str, name: str, *, language: str = "en", root: Path = ROOT)
         sys.exit(f"There is no run {name!r} (there are: {runs or 'none'}); `make lab` makes one")
     sources = {n: _source(root, name, n) for n in NEEDED}
     run, results, problems = inspect({n: p.read_bytes() for n, p in sources.items() if p.exists()})
+    if run and run.trained_in:
+        sys.exit(
+            f"Not handed in: the run {name} only cuts what {run.trained_in} trained, and a hand-in "
+            f"shows both. Hand in that one: RUN={run.trained_in}, or --run {run.trained_in}"
+        )
     gammas, wrong = _gammas(checkpoints, results) if results else ({}, [])
     if problems or wrong:
         listed = "\n- ".join([*problems, *wrong])
@@ -129,8 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("student", help="your student ID")
     parser.add_argument("--run", help="default: what PROFILE or RUN name, else the last run")
-    language = os.environ.get("LANG_REPORT") or "en"
-    parser.add_argument("--language", default=language, choices=LANGUAGES, help=f"({language})")
+    parser.add_argument("--language", default="en", choices=LANGUAGES, help="of the report")
     options = parser.parse_args()
     named = os.environ.get("LAB_PROFILE") or os.environ.get("LAB_RUN")
     try:

@@ -89,7 +89,10 @@ def main() -> None:
     parser.add_argument("--profile", default=default, choices=PROFILES)
     profile = parser.parse_args().profile
     began = time.monotonic()
-    folder = run_all(profile)
+    try:
+        folder = run_all(profile)
+    except ValueError as error:  # PROFILE, LAB_EPOCHS or LAB_DATA was mistyped
+        sys.exit(str(error))
     write_page(folder)
     print(f"\n══════════ done in {(time.monotonic() - began) / 60:.1f} min ══════════\n")
     print(report(folder))

@@ -25,7 +25,6 @@ from utils.config import Profile, default_profile, get_profile
 from utils.data import ImageData
 from utils.engine import seconds_per_epoch
 from utils.machine import pick_device
-from utils.pruning import largest_ratio
 from utils.results import markdown
 from utils.runs import Run, RunError, begin
 from utils.sources import load_data
@@ -55,12 +54,6 @@ def plan(
     )
     if 0 in base.pruning_ratios:
         raise ValueError("ratios: 0 is the trained network, which is in the table anyway")
-    largest = largest_ratio(VGG(base.cfg), base.min_channels)
-    if max(base.pruning_ratios) > largest:
-        raise ValueError(
-            f"ratios: {max(base.pruning_ratios):g} is too much, for min_channels = "
-            f"{base.min_channels} allows {largest:.4f} at most; lower one of them"
-        )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds = {list(seeds)}: must be one or more, all different")
     return [replace(base, seed=s, name=f"{base.name}_sweep_seed_{s}") for s in sorted(seeds)]

@@ -154,9 +154,24 @@ def test_where_a_graph_is_refused_each_step_is_launched_by_itself(monkeypatch, f
     assert said.startswith("no CUDA graph here (operation not permitted when stream is capturing)")
 
 
-def test_a_gpu_that_is_too_small_for_the_graph_is_an_error(monkeypatch, fake_cuda):
-    step = refused(monkeypatch, fake_cuda, torch.cuda.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+def while_ending(cause: Exception) -> RuntimeError:
+    """What ending a broken capture raises, `cause` having broken it."""
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = cause
+    return error
+
+
+def test_the_reason_for_a_refusal_is_the_one_that_came_first(monkeypatch, fake_cuda, capsys):
+    step = refused(monkeypatch, fake_cuda, while_ending(RuntimeError("a kernel that waits")))
+    step(*batch())
+    assert "no CUDA graph here (a kernel that waits)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_gpu_that_is_too_small_for_the_graph_is_an_error(monkeypatch, fake_cuda, hidden):
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    step = refused(monkeypatch, fake_cuda, while_ending(error) if hidden else error)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="out of memory"):
         step(*batch())
     assert fake_cuda["current"] == "the usual stream"
 

@@ -213,6 +213,13 @@ def test_all_that_is_missing_is_listed_at_once(lab):
     assert not list(lab.glob("*.zip"))
 
 
+def test_a_run_that_only_cuts_names_the_one_to_hand_in(lab):
+    file = lab / "checkpoints" / "demo" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_in": "laptop"}))
+    with pytest.raises(SystemExit, match=r"demo only cuts what laptop trained.*RUN=laptop"):
+        hand_in("RE6121011", "demo", root=lab)
+
+
 def test_checkpoints_of_another_training_are_named(lab):
     changed = results()
     changed["sparsity_train"]["runs"][2]["train_accuracy"][0] = 31.0

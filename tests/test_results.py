@@ -50,11 +50,18 @@ SLIM = {
     "batch of 256 (ms)": 900.0,
 }
 WAY = {"90% pruned": "distillation 0.5", "fine-tuned (%)": 70.0, "±": None, "seeds": 1}
+SPEED = [
+    {"network": name, "runtime": runtime, "images": n, "ms": ms * n, "IQR": 0.1}
+    for n in (1, 256)
+    for name in ("dense", "slim")
+    for runtime, ms in (("eager float32", 2.5), ("ONNX int8", 0.125))
+]
 SECTIONS = {
     "sparsity_train": {"runs": [TRAINED]},
     "vggprune": {"cuts": [CUT]},
     "train_prune_model": {
         "table": [SLIM | {"network": "dense", "stage": "dense", "raw cut (%)": None}, SLIM],
+        "speed": SPEED,
         "ways": [WAY],
     },
 }
@@ -192,12 +199,14 @@ def rows(table: str) -> list[list[str]]:
 
 def test_the_report_is_tables_of_what_was_recorded():
     record()
-    training, cuts, networks, ways = map(rows, report(FOLDER).split("\n\n"))
+    training, cuts, networks, latency, ways = map(rows, report(FOLDER).split("\n\n"))
     assert training[0] == ["λ", "training accuracy (%)", "test accuracy (%)", "sparsity"]
     assert training[2] == ["0.0001", "99.50", "91.23", "0.600"]
     assert cuts[2] == ["90%", "91.23", "0.00", "12.00", "88.50", "89.88"]
     assert networks[2] == ["dense", "", "93.50", "20,035,018", "398.14", "80,215", "900.00"]
     assert networks[3][:2] == ["slim", "0.00"]  # nothing right is not nothing measured
+    assert latency[0][1:3] == ["eager float32, 1 (ms)", "ONNX int8, 1 (ms)"]
+    assert latency[2] == ["dense", "2.50", "0.12", "640.00", "32.00"] and latency[3][0] == "slim"
     assert ways[2] == ["distillation 0.5", "70.00", "", "1"]
 
 
@@ -234,7 +243,7 @@ def test_quoted_tables_are_made_anew_from_the_results_they_name():
     new = refresh(text)
     tables = report(FOLDER).split("\n\n")
     wanted = f"# Title\n\n{quote.format('cuts', tables[1])}\n\nbetween\n\n"
-    assert new == wanted + f"{quote.format('ways', tables[3])}\n"
+    assert new == wanted + f"{quote.format('ways', tables[4])}\n"
     assert refresh(new) == new
     with pytest.raises(ValueError, match=r"figures/tiny: no table 'cut', there are training, cuts"):
         refresh(quote.format("cut", "old"))

@@ -94,7 +94,11 @@ def test_other_images_are_named_whatever_they_are_called():
 
 def test_what_no_weight_depends_on_may_change():
     run = begun()
-    assert begun(test_batch_size=7, cuda_graph=False).id == run.id
+    changes = {"test_batch_size": 7, "cuda_graph": False, "data": "/moved"}
+    assert begun(**changes).id == run.id
+    opened = open_run().profile  # what the notebooks that follow work with
+    assert {name: getattr(opened, name) for name in changes} == changes
+    assert open_run().began == run.began
 
 
 def test_a_lambda_may_be_added_and_the_run_is_then_another():

@@ -24,7 +24,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision.datasets import ImageFolder
 
-from utils import prepare, sources
+from utils import files, prepare, sources
 from utils.data import ImageData
 from utils.files import file_lock
 from utils.sources import load_data
@@ -589,11 +589,11 @@ def test_who_waits_for_the_download_of_another_is_told(places, tmp_path, monkeyp
     places("good")
     held, said = file_lock(tmp_path / "cifar-10"), []
 
-    def say(text):
+    def say(text, **_):
         said.append(text)
         held.release()  # the other one is done
 
-    monkeypatch.setattr(sources, "print", say, raising=False)
+    monkeypatch.setattr(files, "print", say, raising=False)
     with held:
         assert_is_the_stand_in(load_data("cifar10", tmp_path))
     (line,) = said

@@ -338,6 +338,30 @@ def test_a_teacher_counts_only_where_the_profile_gives_it_a_weight(run):
         )
     )
     assert torch.equal(alone, ignored) and not torch.equal(alone, taught)
+    with pytest.raises(ValueError, match=r"distillation = 0\.9: needs a teacher"):
+        stages.finetune(run, DATA, model, profile=dataclasses.replace(usual, distillation=0.9))
+
+
+def test_a_second_pass_counts_the_channels_that_the_first_has_cut(run):
+    model = stages.trained_networks(run, DATA)[0.02].model
+
+    def kept(network):
+        return sum(v for v in network.cfg if v != "M")
+
+    first = stages.cut_to(run, DATA, model, 0.3)
+    second = stages.cut_to(run, DATA, first, 0.6)
+    assert kept(first) == kept(model) - round(0.3 * kept(model))
+    assert kept(second) == kept(model) - round(0.6 * kept(model))
+    alone = plan_pruning(model, 0.3, min_channels=run.profile.min_channels)
+    repaired = slim_repaired(model, alone, stages.calibration(run, DATA))
+    assert same(dict(first.state_dict()), dict(repaired.state_dict()))
+
+
+def test_a_cut_of_other_images_is_named(run):
+    networks = stages.trained_networks(run, DATA)
+    other = dataclasses.replace(DATA, test_images=DATA.test_images.flip(0))
+    with pytest.raises(RunError, match=r"slim_0\.3\.pt was cut with other images"):
+        stages.slim_networks(run, other, networks)
 
 
 def test_between_two_passes_the_penalty_pulls_again(run):
@@ -372,7 +396,7 @@ def test_a_network_from_elsewhere_is_fine_tuned_if_it_fits_the_images(tmp_path, 
 
     ten = VGG([4, "M", 6], num_classes=10)
     torch.save({"cfg": ten.cfg, "state_dict": ten.state_dict()}, "ten.pth")
-    with pytest.raises(ValueError, match=r"lab_file = '/.*ten.pth': .*10 classes; .* 3 and 3"):
+    with pytest.raises(ValueError, match=r"lab_file = '/.*ten.pth': .*10 classes; .* have 3"):
         stages.from_elsewhere("ten.pth", DATA)
 
     gray = VGG([4, "M", 6], num_classes=3)

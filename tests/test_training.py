@@ -272,8 +272,8 @@ def test_a_run_that_goes_on_shows_the_epochs_it_has_and_a_quiet_one_only_the_las
     train(path, quiet=True, label="the second way")
     lines = [line for line in capsys.readouterr().out.split("\n") if "lr" in line or "CPU" in line]
     assert len(lines) == 1 and "the second way: epoch   3/3" in lines[0]
-    train(path, on_epoch=lambda history: seen.append(len(history)))
-    assert seen == [3]
+    train(path, on_epoch=lambda history: seen.append(len(history)), quiet=True)
+    assert seen == [3] and capsys.readouterr().out == ""
 
 
 def stopped_at_step(monkeypatch, number):

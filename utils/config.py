@@ -41,8 +41,8 @@ def _are_passes(ratios: tuple[float, ...]) -> tuple[float, ...]:
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
-Penalty = Annotated[float, Field(ge=0)]
-Lambdas = Annotated[tuple[Penalty, ...], Field(min_length=1), AfterValidator(_name_files)]
+NotNegative = Annotated[float, Field(ge=0)]
+Lambdas = Annotated[tuple[NotNegative, ...], Field(min_length=1), AfterValidator(_name_files)]
 Ratio = Annotated[float, AfterValidator(_is_ratio)]
 Ratios = Annotated[tuple[Ratio, ...], AfterValidator(_name_files)]
 Schedule = Literal["step", "cosine"]
@@ -114,7 +114,7 @@ class Profile:
     batch_size: Annotated[int, Field(ge=2)] = 100
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: Penalty = 1e-4
+    weight_decay: NotNegative = 1e-4
     crop_padding: Annotated[int, Field(ge=0, le=16)] = 4
     """Black pixels around an image before its random crop."""
     flip: bool = True
@@ -140,6 +140,21 @@ class Profile:
     test_batch_size: Count = 1000
 
     _of_plain_values = field_validator("*", mode="before")(_plain)
+
+    @field_validator("min_channels")
+    @classmethod
+    def _lets_each_cut_be_made(cls, floor, fields_before):
+        before = fields_before.data
+        if {"depth", "width", "pruning_ratios"} <= before.keys():
+            widths = [v for v in scale_cfg(VGG_CFGS[before["depth"]], before["width"]) if v != "M"]
+            total, least = sum(widths), sum(min(width, floor) for width in widths)
+            hardest = max(before["pruning_ratios"])
+            if total - round(total * hardest) < least:
+                raise ValueError(
+                    f"must leave room for pruning_ratios = {before['pruning_ratios']!r}: in each "
+                    f"layer that many are {least} of {total} channels; lower either"
+                )
+        return floor
 
     @field_validator("nesterov")
     @classmethod

@@ -126,7 +126,8 @@ class ImageData:
         return list(itertools.islice(batches, count))
 
     def plain_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of `split` ("train" or "test") in order, as they are."""
+        """The images of `split` ("train" or "test") in order, not augmented: float32
+        (b, 3, 32, 32) from −1 to 1, and labels (b,)."""
         images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             yield normalize(x), y

@@ -5,7 +5,8 @@ None of it changes what is computed, beyond rounding: `TrainStep` in step.py say
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -71,19 +72,32 @@ def make_step(model: nn.Module, profile: Profile, engine: Engine, **options) -> 
     return kind(model, profile, engine.precision, **options)
 
 
+@contextmanager
+def fits_in_memory(batch_size: int) -> Iterator[None]:
+    """Raise MemoryError that names the setting if a GPU is too small for what runs inside."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MemoryError(f"batch_size = {batch_size}: too large for this GPU; lower it") from error
+
+
 def seconds_per_epoch(
     model: nn.Module,
     data: ImageData,
     profile: Profile,
     teacher: nn.Module | None = None,
 ) -> float:
-    """How long an epoch of training and testing takes, from a few steps on a copy."""
+    """How long an epoch of training and testing takes, from a few steps on a copy.
+
+    Raises MemoryError if a GPU is too small for the batch.
+    """
     engine = choose_engine(model, data, profile)
     copied = copy.deepcopy(model)
     step = make_step(copied, profile, engine, l1_lambda=0.0, teacher=teacher)
     images, labels = next(data.plain_batches("train", profile.batch_size))
-    _seconds(lambda: step(images, labels))  # warms up
-    training = min(_seconds(lambda: step(images, labels)) for _ in range(2))
+    with fits_in_memory(profile.batch_size):
+        _seconds(lambda: step(images, labels))  # warms up
+        training = min(_seconds(lambda: step(images, labels)) for _ in range(2))
     images, _ = next(data.plain_batches("test", profile.test_batch_size))
     images = images.contiguous(memory_format=torch.channels_last)
     copied.eval()
@@ -129,11 +143,13 @@ class GraphedStep(TrainStep):
         before = [t.detach().clone() for t in state]
         try:
             self._capture(images.clone(), labels.clone())
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # What goes wrong in a capture makes ending it go wrong, too; the first one tells.
+            cause = error.__context__ or error
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise cause from None
             self.refused = True
-            reason = str(error).splitlines()[0]
+            reason = str(cause).splitlines()[0]
             print(
                 f"no CUDA graph here ({reason}): each step is launched by itself, a little slower"
             )

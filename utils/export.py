@@ -221,6 +221,7 @@ def _write(content, path: str | Path) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8")  # names of classes, on Windows too
     if len(sys.argv) != 3:
         sys.exit("usage: python -m utils.export <network>.onnx <picture>")
     try:

@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 PAUSES = (0.1, 0.3, 1.0)
@@ -85,6 +86,19 @@ def file_lock(path: str | Path, timeout: float = -1) -> FileLock:
     user = os.geteuid() if hasattr(os, "geteuid") else ""
     name = hashlib.sha256(f"{user} {Path(path).resolve()}".encode()).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"network-slimming-{name}.lock", timeout=timeout)
+
+
+@contextlib.contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Hold the lock for `path`; while another process holds it, wait, with a word."""
+    lock = file_lock(path)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"\n{path}: another process is still at this; waiting for it", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

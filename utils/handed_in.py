@@ -146,6 +146,7 @@ class Run(BaseModel):
     name: str
     began: str
     data: Images
+    trained_in: str = ""
 
 
 NEEDED = (*NOTEBOOKS, "run.json", "results.json")

@@ -122,7 +122,7 @@ def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: 
         xlim=(0, 100),
     )
     ax.grid(alpha=0.3)
-    ax.legend(loc="upper left")
+    ax.legend(loc="lower right")
     return figure
 
 
@@ -184,7 +184,7 @@ def finetuning_curves(
         epochs = range(1, len(history["lr"]) + 1)
         ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training")
         test = [right_after[name], *history["test_accuracy"]]
-        ax.plot(range(len(test)), test, color=TEST, label="test (0: right after the cut)")
+        ax.plot(range(len(test)), test, color=TEST, label="test (0: cut and repaired)")
         ax.axhline(dense_accuracy, color="gray", linestyle=":", label="dense network, test")
         ax.set(title=f"{name}: {test[-1]:.2f} %", xlabel="epoch", xlim=(0, len(epochs)))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -239,7 +239,7 @@ def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) 
     figure, ((ax,),) = panels(1, width=7.5, height=4.2)
     runtimes = dict.fromkeys(p["runtime"] for p in points)
     networks = dict.fromkeys(p["network"] for p in points)
-    colors = dict(zip(networks, plt.cm.tab10.colors, strict=False))
+    colors = dict(zip(networks, itertools.cycle(plt.cm.tab10.colors), strict=False))
     markers = dict(zip(runtimes, "osD^", strict=False))
     for p in points:
         ax.plot(
@@ -254,7 +254,7 @@ def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) 
         xscale="log",
         xlabel="latency of one image (ms, log scale)",
         ylabel="test accuracy (%)",
-        title=f"What pruning and 8 bits bring: {data}",
+        title=f"What pruning, the runtime and 8 bits bring: {data}",
     )
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")

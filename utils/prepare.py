@@ -164,6 +164,7 @@ def prepare(source: Path, target: Path) -> int:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8")  # names of files, on Windows too
     parser = argparse.ArgumentParser(
         description="Copy train/<class>/<image> and test/<class>/<image> to a new folder, "
         f"each image stretched to {IMAGE_SIZE}×{IMAGE_SIZE} pixels."

@@ -112,7 +112,8 @@ def formatted(rows: list[dict]) -> pd.DataFrame:
 
 
 def tables(results: dict) -> dict[str, pd.DataFrame]:
-    """The tables of a run: training, cuts, networks, finetuned, ways; none for what has not run.
+    """The tables of a run: training, cuts, networks, latency, finetuned, ways; none for what has
+    not run.
 
     Raises ValueError if a section lacks what its table shows.
     """
@@ -126,6 +127,10 @@ def tables(results: dict) -> dict[str, pd.DataFrame]:
 def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
     rungs = ("before the cut", "raw cut", "β absorbed", "BN recalibrated",
              "β absorbed, BN recalibrated")  # fmt: skip
+    latency: dict[str, dict] = {}
+    for s in tuned.get("speed", []):
+        row = latency.setdefault(s["network"], {"network": s["network"]})
+        row[f"{s['runtime']}, {s['images']} (ms)"] = s["ms"]
     return {
         "training": [
             {
@@ -141,8 +146,10 @@ def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
             for c in cut.get("cuts", [])
         ],
         "networks": [
-            {k: v for k, v in row.items() if k != "stage"} for row in tuned.get("table", [])
+            {k: v for k, v in row.items() if k != "stage" and not k.startswith("ONNX")}
+            for row in tuned.get("table", [])
         ],
+        "latency": list(latency.values()),
         "finetuned": [
             {
                 "network": r["network"],
@@ -228,6 +235,7 @@ def main(argument: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # λ, on Windows too
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     try:

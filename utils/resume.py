@@ -119,8 +119,6 @@ def resume(
             "momentum). Move it away."
         )
     model.load_state_dict(saved.state_dict)
-    print(f"{path}: {len(history)} of {wanted} epochs were done before")
-    print(history.line(wanted))
     return history, saved.optimizer
 
 

@@ -123,8 +123,9 @@ def begin(
     if before:
         _require_same(run, before, file)
     if before and run.id == before.id:
-        run = before
-    else:
+        free = {k: getattr(profile, k) for k in WITHOUT_EFFECT}
+        run = dataclasses.replace(before, profile=dataclasses.replace(before.profile, **free))
+    if run != before:
         _write(run)
     return _last(run) if remember else run
 

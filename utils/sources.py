@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import Timeout
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
 from utils.data import IMAGE_SIZE, ImageData
-from utils.files import file_lock
+from utils.files import alone
 from utils.prepare import find_images, folder_path, read_image
 
 CIFAR10_PLACES = (
@@ -58,13 +57,7 @@ def _digits() -> ImageData:
 
 
 def _cifar10(root: Path) -> ImageData:
-    lock = file_lock(root / "cifar-10")  # two notebooks must not unpack at once
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process fetches or reads CIFAR-10 in {root.resolve()}; waiting for it.")
-        held = lock.acquire()
-    with held:
+    with alone(root / "cifar-10"):  # two notebooks must not unpack at once
         train, test = _fetch_cifar10(root)
 
     def tensors(part):

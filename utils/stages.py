@@ -54,7 +54,7 @@ def train(
 ) -> Trained:
     """The dense network of `run`, trained with `l1_lambda`; every λ starts from the same weights.
 
-    Raises what `fit` raises.
+    Raises what `fit` raises, and RunError for a run that only cuts another's networks.
     """
     if run.trained_in:
         raise RunError(f"the run {run.name} only cuts what {run.trained_in} trained")
@@ -179,8 +179,9 @@ def feasible(ratios: Iterable[float], models: Iterable[VGG], min_channels: int) 
     return kept
 
 
-def calibration(run: Run, data: ImageData) -> list:
-    """The batches on which BN is recalibrated: training images, augmented as this run trains."""
+def calibration(run: Run, data: ImageData) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches on which BN is recalibrated: (images, labels) as `train_batches` yields them,
+    augmented as this run trains."""
     how = run.profile
     return data.calibration_batches(seed=how.seed, crop_padding=how.crop_padding, flip=how.flip)
 
@@ -218,6 +219,8 @@ def slim_networks(
             continue
         slimmed = found[ratio] = load(file, kind="slim")
         said = slimmed.settings.get
+        if said("images") != data.digest:
+            wrong.append(f"{file} was cut with other images")
         source = networks.get(said("l1_lambda"))
         if source is None or weights_digest(source.model) != said("cut from"):
             wrong.append(f"{file} was cut from another network than the run has now")
@@ -249,6 +252,15 @@ def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan) -> VGG:
     return saved.model().to(data.train_images.device)
 
 
+def cut_to(run: Run, data: ImageData, network: VGG, pruning_ratio: float) -> VGG:
+    """`network`, which may have been cut before, cut until that share of the channels of the run's
+    dense network is gone, and repaired: a pass of many, or the only one."""
+    total, left = (sum(v for v in cfg if v != "M") for cfg in (run.profile.cfg, network.cfg))
+    of_those_left = 1 - (total - round(total * pruning_ratio)) / left
+    plan = plan_pruning(network, of_those_left, min_channels=run.profile.min_channels)
+    return cut_on(run, data, network, plan)
+
+
 def train_again(run: Run, data: ImageData, network: VGG, l1_lambda: float, label: str) -> Trained:
     """`network`, between two passes, trained with the penalty again (Liu et al. 2017, sec. 3)."""
     file = run.checkpoints / f"pass_from_{weights_digest(network)}.pt"
@@ -270,7 +282,8 @@ def finetune(
 ) -> Trained:
     """A copy of `network`, trained without the penalty; `profile` defaults to the run's own way.
 
-    Each way and each start has a file of its own: trying another loses nothing.
+    Each way and each start has a file of its own: trying another loses nothing. Raises ValueError
+    for distillation without a `teacher`, and what `fit` raises.
     """
     how = profile or run.profile.for_finetuning()
     way = f"{how.schedule}_{how.lr:g}_{how.epochs}_{how.distillation:g}_{how.seed}"
@@ -278,6 +291,8 @@ def finetune(
     model = copy.deepcopy(network)
     if not how.distillation:
         teacher = None
+    elif teacher is None:
+        raise ValueError(f"distillation = {how.distillation:g}: needs a teacher, the dense network")
     history = fit(
         model, data, how, checkpoint=file, kind="finetuned", teacher=teacher, label=label,
         on_epoch=on_epoch, quiet=quiet,
@@ -296,14 +311,13 @@ def from_scratch(network: VGG, seed: int) -> VGG:
 def from_elsewhere(file: str, data: ImageData) -> VGG:
     """The network in a file of somebody else, such as `{'cfg', 'state_dict'}`, to be fine-tuned.
 
-    Raises ValueError if it tells other classes apart or takes images of another kind.
+    Raises CheckpointError for a file that holds no such network, ValueError for other classes.
     """
     file = folder_path(file)
     found = load(file)
-    first = next(v for v in found.state_dict.values() if v.dim() == 4)
-    if found.num_classes != len(data.classes) or first.shape[1] != 3:
+    if found.num_classes != len(data.classes):
         raise ValueError(
-            f"lab_file = {str(file)!r}: a network for {first.shape[1]} colour channels and "
-            f"{found.num_classes} classes; the images have 3 and {len(data.classes)}"
+            f"lab_file = {str(file)!r}: a network for {found.num_classes} classes; the images have "
+            f"{len(data.classes)}"
         )
     return found.model().to(data.train_images.device)

@@ -9,20 +9,18 @@ import functools
 import io
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import Timeout
 
 from utils import stages
 from utils.config import Profile
 from utils.cost import macs, num_parameters
 from utils.data import ImageData
-from utils.files import file_lock, json_digest, write_json
+from utils.files import alone, json_digest, write_json
 from utils.machine import pick_device
 from utils.pruning import plan_pruning, slim
 from utils.resume import weights_digest
@@ -108,7 +106,8 @@ def do(task: Task) -> dict:
     well next time (memory, a full disk) is not.
     """
     torch.set_num_threads(1)  # as many tasks as cores run at once; and the same bits everywhere
-    with _alone(task.file):
+    # A worker of a sweep that was killed goes on with its task to the end.
+    with alone(task.file):
         if row := finished(task):
             return row
         try:
@@ -134,17 +133,17 @@ def _trained(task: Task) -> dict:
 
 def _cut(task: Task) -> dict:
     data = _images(task.run.profile.data)
-    alone = replace(task.run.profile, l1_lambdas=(task.l1_lambda,))
-    run = replace(task.run, profile=alone)
+    profile = replace(task.run.profile, l1_lambdas=(task.l1_lambda,))
+    run = replace(task.run, profile=profile)
     trained = stages.trained_networks(run, data)[task.l1_lambda]
-    plan = plan_pruning(trained.model, task.pruning_ratio, min_channels=alone.min_channels)
+    plan = plan_pruning(trained.model, task.pruning_ratio, min_channels=profile.min_channels)
     # Two ratios close together may keep the same channels, and then share their files.
-    with _alone(run.checkpoints / f"kept_{plan.kept}_of_{weights_digest(trained.model)}"):
+    with alone(run.checkpoints / f"kept_{plan.kept}_of_{weights_digest(trained.model)}"):
         slimmed = stages.cut_on(run, data, trained.model, plan)
         row = _measured(task, trained, slimmed) | {
             "realised_ratio": plan.realised_ratio,
-            "raw_accuracy": _accuracy(slim(trained.model, plan), data, alone),
-            "repaired_accuracy": _accuracy(slimmed, data, alone),
+            "raw_accuracy": _accuracy(slim(trained.model, plan), data, profile),
+            "repaired_accuracy": _accuracy(slimmed, data, profile),
         }
         if why := _why_useless(task, data, trained):
             return row | {"reason": f"not fine-tuned: {why}"}
@@ -175,20 +174,6 @@ def _accuracy(network: torch.nn.Module, data: ImageData, profile: Profile) -> fl
 def _images(name: str) -> ImageData:
     """The images, read once by each worker."""
     return load_data(name).to(pick_device())
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """While another process is at the same, wait for it, with a word: a worker of a sweep that was
-    killed goes on with its task to the end."""
-    lock = file_lock(path)
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"\n{path}: another process is still at this; waiting for it", file=sys.stderr)
-        held = lock.acquire()
-    with held:
-        yield
 
 
 def missing_rows(runs: Iterable[Run], hand_out: HandOut) -> Iterator[dict]:

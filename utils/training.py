@@ -16,7 +16,7 @@ from models.vgg import VGG
 from utils.checkpoint import Checkpoint, save
 from utils.config import Profile
 from utils.data import ImageData
-from utils.engine import choose_engine, make_step
+from utils.engine import choose_engine, fits_in_memory, make_step
 from utils.resume import History, only_writer, resume, training_settings
 from utils.sparsity import add_l1_subgradient, sparsity
 from utils.step import Penalty, TrainStep
@@ -126,6 +126,9 @@ def fit(
     )
     with only_writer(checkpoint):
         history, state = resume(checkpoint, kind, settings, model)
+        if history and not quiet:
+            print(f"{checkpoint}: {len(history)} of {profile.epochs} epochs were done before")
+            print(history.line(profile.epochs))
         if history and on_epoch:
             on_epoch(history)
         if len(history) == profile.epochs:
@@ -189,13 +192,10 @@ def _run_epoch(
         crop_padding=profile.crop_padding,
         flip=profile.flip,
     )
-    try:
+    with fits_in_memory(profile.batch_size):
         for images, labels in batches:
             step(images, labels)
             bar.update()
-    except torch.cuda.OutOfMemoryError as error:
-        size = profile.batch_size
-        raise MemoryError(f"batch_size = {size}: too large for this GPU; lower it") from error
     loss, accuracy = step.read()
     test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
     _require_sound(step.model, loss, test.loss, step.l1_lambda, lr, epoch)
