@@ -1,10 +1,13 @@
 """The one network of the lab: VGG with batch norm for small images, dense or slim."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 VGG_CFGS: dict[int, list[int | str]] = {
     11: [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512],
@@ -27,6 +30,22 @@ def check_cfg(cfg: list[int | str]) -> None:
     for v in cfg:
         if v != "M" and (not isinstance(v, int) or isinstance(v, bool) or v < 1):
             raise ValueError(f"cfg has the entry {v!r}: each must be a whole number ≥ 1, or 'M'")
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no first weights: on the meta device that would only import a compiler, for seconds."""
+
+    def __torch_function__(self, function, _, args=(), options=None):
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return None
+        return function(*args, **(options or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """A network built inside has shapes but no memory, however wide, and draws no random number."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 class VGG(nn.Module):

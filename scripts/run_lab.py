@@ -90,9 +90,10 @@ def main() -> None:
     profile = parser.parse_args().profile
     began = time.monotonic()
     try:
-        folder = run_all(profile)
-    except ValueError as error:  # PROFILE, LAB_EPOCHS or LAB_DATA was mistyped
+        get_profile(profile)
+    except ValueError as error:  # PROFILE, RUN or LAB_EPOCHS was mistyped
         sys.exit(str(error))
+    folder = run_all(profile)
     write_page(folder)
     print(f"\n══════════ done in {(time.monotonic() - began) / 60:.1f} min ══════════\n")
     print(report(folder))

@@ -79,6 +79,13 @@ WRONG_MASKS = [
 ]
 
 
+RECALIBRATE = find(PRUNE, "def recalibrate")
+WRONG_REPAIRS = [
+    ("len(images) / seen", "0.1"),
+    ("deepcopy(network).train()", "deepcopy(network)"),
+]
+
+
 def run_toy(choose: str, copy: str, monkeypatch) -> None:
     """The example that can be checked by eye."""
     namespace = imported(PRUNE, monkeypatch)
@@ -86,7 +93,7 @@ def run_toy(choose: str, copy: str, monkeypatch) -> None:
         execute(source, namespace)
 
 
-def run_real(choose: str, copy: str, monkeypatch) -> None:
+def run_real(choose: str, copy: str, monkeypatch, *more: str) -> None:
     """The same on a network whose every number differs, cut by a half, and its logits."""
     namespace = imported(PRUNE, monkeypatch)
     model = VGG([6, 7, "M", 8], num_classes=3).eval()
@@ -102,6 +109,7 @@ def run_real(choose: str, copy: str, monkeypatch) -> None:
         copy,
         find(PRUNE, "slims, plans = {}, {}"),
         find(PRUNE, "masked_logits"),
+        *more,
     ):
         execute(source, namespace)
 
@@ -128,3 +136,13 @@ def test_a_wrong_copy_is_named_on_the_real_network(name, right, wrong, monkeypat
 def test_a_wrong_mask_is_named(right, wrong, run, monkeypatch):
     with pytest.raises(AssertionError, match="cfg"):
         run(changed(CHOOSE, right, wrong), COPY, monkeypatch)
+
+
+def test_recalibration_as_it_is_written_out_passes_its_check(monkeypatch):
+    run_real(CHOOSE, COPY, monkeypatch, RECALIBRATE)
+
+
+@pytest.mark.parametrize(("right", "wrong"), WRONG_REPAIRS)
+def test_a_wrong_recalibration_is_stopped(right, wrong, monkeypatch):
+    with pytest.raises(AssertionError, match=r"feature\.\d\.(running|num_batches)"):
+        run_real(CHOOSE, COPY, monkeypatch, changed(RECALIBRATE, right, wrong))

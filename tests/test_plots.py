@@ -222,7 +222,7 @@ def test_finetuning_curves_start_right_after_the_cut_and_name_the_final_accuracy
     figure = FIGURES["finetuning_curves"]()
     first, second = figure.axes
     assert titles(figure) == ["A: 61.25 %", "B: 12.50 %"]
-    after_cut = "test (0: cut and repaired)"
+    after_cut = "test (0: before)"
     assert points(first, after_cut) == ([0, 1, 2, 3], [33.0, *HISTORY["test_accuracy"]])
     assert points(second, after_cut) == ([0, 1, 2, 3], [9.0, *WORSE["test_accuracy"]])
     assert points(first, "training") == ([1, 2, 3], HISTORY["train_accuracy"])

@@ -104,6 +104,19 @@ def test_what_is_typed_reaches_the_notebooks(lab, tmp_path, monkeypatch, capsys)
     assert (lab / "figures" / "smoke_images_3_epochs" / "README.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "typed", "said"),
+    [
+        ("LAB_PROFILE", "laptob", "did you mean laptop"),
+        ("LAB_EPOCHS", "many", "LAB_EPOCHS = 'many'"),
+    ],
+)
+def test_what_is_mistyped_is_named_in_a_line(lab, monkeypatch, name, typed, said):
+    monkeypatch.setenv(name, typed)
+    with pytest.raises(SystemExit, match=said):
+        make_lab(monkeypatch)
+
+
 def test_a_run_name_of_the_command_reaches_the_notebooks(lab, monkeypatch):
     monkeypatch.setenv("LAB_RUN", "mine")
     write(lab, [BEGINS.format(name="os.environ['LAB_RUN']")], [], [])

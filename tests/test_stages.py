@@ -12,7 +12,7 @@ from torch import nn
 
 from models.vgg import VGG
 from utils import stages
-from utils.checkpoint import Checkpoint, load, save
+from utils.checkpoint import Checkpoint, CheckpointError, load, save
 from utils.compensation import slim_repaired
 from utils.data import ImageData
 from utils.pruning import plan_pruning
@@ -402,7 +402,7 @@ def test_a_network_from_elsewhere_is_fine_tuned_if_it_fits_the_images(tmp_path, 
     gray = VGG([4, "M", 6], num_classes=3)
     gray.feature[0] = nn.Conv2d(1, 4, 3, padding=1, bias=False)
     torch.save({"cfg": gray.cfg, "state_dict": gray.state_dict()}, "gray.pth")
-    with pytest.raises(Exception, match=r"gray\.pth"):
+    with pytest.raises(CheckpointError, match=r"gray\.pth.*feature\.0\.weight"):
         stages.from_elsewhere("gray.pth", DATA)
 
 

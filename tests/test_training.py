@@ -27,6 +27,7 @@ from models.vgg import VGG
 from utils import training
 from utils.checkpoint import CheckpointError, load, save
 from utils.data import ImageData
+from utils.engine import seconds_per_epoch
 from utils.resume import only_writer
 from utils.sparsity import add_l1_subgradient, bn_layers
 from utils.step import TrainStep
@@ -600,3 +601,5 @@ def test_a_gpu_too_small_for_the_batch_is_told_by_the_batch_size(monkeypatch):
     monkeypatch.setattr(TrainStep, "__call__", too_much)
     with pytest.raises(MemoryError, match="batch_size = 10: too large"):
         fit(tiny_model(), tiny_data(), tiny_profile())
+    with pytest.raises(MemoryError, match="batch_size = 10: too large"):
+        seconds_per_epoch(tiny_model(), tiny_data(), tiny_profile())

@@ -8,9 +8,8 @@ from reprlib import repr as short
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from models.vgg import VGG, check_cfg
+from models.vgg import VGG, check_cfg, shapes_only
 from utils.archive import Unreadable, check_tensor, is_finite, odd_types_in, plain, read
 from utils.files import write_whole
 from utils.foreign import as_checkpoint
@@ -153,15 +152,6 @@ def _check_values(checkpoint: Checkpoint) -> None:
         raise Unreadable(f"has {done} of {epochs} epochs, but no optimizer state to go on with")
 
 
-class _Undrawn(TorchFunctionMode):
-    """Draws no first weights: on the meta device that would only import a compiler, for seconds."""
-
-    def __torch_function__(self, function, _, args=(), options=None):
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
-            return None
-        return function(*args, **(options or {}))
-
-
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """The weights are those of the architecture with this cfg, each of its shape, each finite."""
     cfg, state = checkpoint.cfg, checkpoint.state_dict
@@ -171,7 +161,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         if not isinstance(cfg, list) or not all(type(v) in (int, float, str) for v in cfg):
             raise ValueError(f"cfg = {short(cfg)}: must be a list of channel counts and 'M'")
         check_cfg(cfg)
-        with torch.device("meta"), _Undrawn():  # no memory, however wide the cfg says it is
+        with shapes_only():
             model = ARCHITECTURES[checkpoint.architecture](cfg, num_classes=checkpoint.num_classes)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Unreadable(f"does not describe a {checkpoint.architecture} ({error})") from error

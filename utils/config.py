@@ -12,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_v
 from pydantic.dataclasses import dataclass
 
 from models.vgg import VGG_CFGS, scale_cfg
+from utils.files import typed_path
 
 
 def _names_a_folder(name: str) -> str:
@@ -151,8 +152,8 @@ class Profile:
             hardest = max(before["pruning_ratios"])
             if total - round(total * hardest) < least:
                 raise ValueError(
-                    f"must leave room for pruning_ratios = {before['pruning_ratios']!r}: in each "
-                    f"layer that many are {least} of {total} channels; lower either"
+                    f"must be lower for a pruning ratio of {hardest:g}: of {total} channels "
+                    f"{total - round(total * hardest)} stay, that many in each layer are {least}"
                 )
         return floor
 
@@ -221,7 +222,8 @@ def get_profile(name: str | None = None, /, **overrides) -> Profile:
     values = {k: v for k, v in overrides.items() if v is not None or k not in FIELDS}
     parts = [profile]
     if os.environ.get("LAB_DATA"):
-        values.setdefault("data", _absolute(os.environ["LAB_DATA"]))
+        folder = typed_path(os.environ["LAB_DATA"], os.environ.get("LAB_CWD", ""))
+        values.setdefault("data", str(folder))
     if values.get("data", PROFILES[profile].data) != PROFILES[profile].data:
         parts.append(_last_part(values["data"]))
     if epochs := os.environ.get("LAB_EPOCHS"):
@@ -231,12 +233,6 @@ def get_profile(name: str | None = None, /, **overrides) -> Profile:
         parts.append(f"{int(epochs)}_epochs")
     values.setdefault("name", os.environ.get("LAB_RUN") or "_".join(parts))
     return dataclasses.replace(PROFILES[profile], **values)
-
-
-def _absolute(folder: str) -> str:
-    unquoted = re.sub(r"""^(["'])(.+)\1$""", r"\2", folder.strip())
-    typed_in = os.environ.get("LAB_CWD", "")
-    return os.path.abspath(os.path.join(typed_in, os.path.expanduser(unquoted)))
 
 
 def _last_part(path: object) -> str:

@@ -146,10 +146,12 @@ class GraphedStep(TrainStep):
         except RuntimeError as error:
             # What goes wrong in a capture makes ending it go wrong, too; the first one tells.
             cause = error.__context__ or error
-            if isinstance(cause, torch.cuda.OutOfMemoryError):
+            if not isinstance(cause, RuntimeError) or isinstance(
+                cause, torch.cuda.OutOfMemoryError
+            ):
                 raise cause from None
             self.refused = True
-            reason = str(cause).splitlines()[0]
+            reason = f"{cause}".partition("\n")[0]
             print(
                 f"no CUDA graph here ({reason}): each step is launched by itself, a little slower"
             )

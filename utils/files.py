@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -65,6 +66,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def typed_path(typed: str, typed_in: str = "") -> Path:
+    """The absolute path of a file or folder as people type it, perhaps with ~ or quotes around it;
+    `typed_in` is the folder they typed it in, by default the current one."""
+    unquoted = re.sub(r"""^(["'])(.+)\1$""", r"\2", typed.strip())
+    unquoted = unquoted.rstrip('"')  # what is left of "C:\my images\" when Windows has read it
+    return Path(os.path.abspath(os.path.join(typed_in, os.path.expanduser(unquoted))))
+
+
 def write_json(path: str | Path, content: object) -> None:
     """`write_whole` for plain values, as JSON that reads well."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -95,7 +104,8 @@ def alone(path: str | Path) -> Iterator[None]:
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        print(f"\n{path}: another process is still at this; waiting for it", file=sys.stderr)
+        where = Path(path).resolve()
+        print(f"\n{where}: another process is still at this; waiting for it", file=sys.stderr)
         held = lock.acquire()
     with held:
         yield

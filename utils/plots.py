@@ -184,7 +184,7 @@ def finetuning_curves(
         epochs = range(1, len(history["lr"]) + 1)
         ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training")
         test = [right_after[name], *history["test_accuracy"]]
-        ax.plot(range(len(test)), test, color=TEST, label="test (0: cut and repaired)")
+        ax.plot(range(len(test)), test, color=TEST, label="test (0: before)")
         ax.axhline(dense_accuracy, color="gray", linestyle=":", label="dense network, test")
         ax.set(title=f"{name}: {test[-1]:.2f} %", xlabel="epoch", xlim=(0, len(epochs)))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -4,7 +4,6 @@ python -m utils.prepare SOURCE TARGET
 """
 
 import argparse
-import os
 import re
 import sys
 import tempfile
@@ -18,14 +17,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from utils.data import IMAGE_SIZE
+from utils.files import typed_path
 
 BUILT_IN = ("digits", "cifar10")
 """Data sets that are no folder."""
-
-
-def folder_path(typed: str) -> Path:
-    """The absolute path of a folder as people type it: from here, with ~, with quotes around it."""
-    return Path(os.path.abspath(os.path.expanduser(typed.strip(" '\""))))
 
 
 def find_images(folder: Path) -> dict[str, dict[str, list[Path]]]:
@@ -169,8 +164,8 @@ def main() -> None:
         description="Copy train/<class>/<image> and test/<class>/<image> to a new folder, "
         f"each image stretched to {IMAGE_SIZE}×{IMAGE_SIZE} pixels."
     )
-    parser.add_argument("source", type=folder_path, help="a folder of images; it stays as it is")
-    parser.add_argument("target", type=folder_path, help="a folder that does not exist yet")
+    parser.add_argument("source", type=typed_path, help="a folder of images; it stays as it is")
+    parser.add_argument("target", type=typed_path, help="a folder that does not exist yet")
     chosen = parser.parse_args()
     try:
         count = prepare(chosen.source, chosen.target)

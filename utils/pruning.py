@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.vgg import VGG
+from models.vgg import VGG, shapes_only
 from utils import cost
 
 
@@ -120,7 +120,7 @@ def _plan_by_macs(model: VGG, macs: float, floor: int) -> PruningPlan:
 
     def plan(count: int) -> PruningPlan:
         by_ratio = _plan_by_ratio(model, 1 - (total - count) / total, floor)
-        with torch.device("meta"):  # shapes are enough
+        with shapes_only():
             left = cost.macs(VGG(by_ratio.cfg, num_classes=model.classifier.out_features))
         return replace(by_ratio, macs=macs, realised_macs=left / whole)
 
@@ -159,7 +159,7 @@ def slim(model: VGG, plan: PruningPlan) -> VGG:
     """
     _check_fits(model, plan)
     reference = model.classifier.weight
-    with torch.device("meta"):  # no memory and no random numbers: every weight is copied below
+    with shapes_only():  # every weight is copied below
         slimmed = VGG(plan.cfg, num_classes=model.classifier.out_features)
     slimmed = slimmed.to(reference.dtype).to_empty(device=reference.device).train(model.training)
     in_idx = torch.arange(3)  # the colour channels all stay

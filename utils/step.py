@@ -19,7 +19,8 @@ DISTILLATION_TEMPERATURE = 4.0
 class TrainStep:
     """Forward, loss, backward, λ·sign(γ), update. Nothing in it waits for the device.
 
-    Loss and accuracy add up on the device until `read` asks for them.
+    `model` and `teacher` are laid out channels_last in place, the teacher set to evaluate. Loss and
+    accuracy add up on the device until `read` asks for them.
     """
 
     def __init__(
