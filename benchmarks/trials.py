@@ -9,6 +9,7 @@ counts if it is larger than two standard errors of its mean over the seeds.
 """
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,35 +22,46 @@ from utils.cost import macs
 from utils.data import ImageData
 from utils.files import write_json
 from utils.machine import describe_machine, pick_device
+from utils.pruning import plan_pruning
 from utils.runs import Run, begin
 from utils.sources import load_data
 
 BASE = "one cut"
+UNPENALIZED = "one cut of λ = 0"
+SAME_MACS = "the same MACs, twice the floor"
 
 
 def ways(profile: Profile) -> dict[str, dict]:
-    """What each way changes in `profile`."""
+    """What each way changes in `profile`. (UNPENALIZED cuts another network, SAME_MACS cuts by MACs
+    instead of by channels, so that what a higher floor keeps is not taken from other layers.)"""
     once: dict = {"multipass_ratios": ()}
     hardest, epochs = max(profile.pruning_ratios), profile.finetune_epochs
     floor = profile.min_channels
     return {
         BASE: once,
+        SAME_MACS: once | {"min_channels": 2 * floor},  # right after it: those MACs
         f"a floor of {2 * floor}": once | {"min_channels": 2 * floor},
         f"a floor of {floor // 2}": once | {"min_channels": floor // 2},
         "no crop": once | {"crop_padding": 0},
         "schedule: step, lr 0.1": once | {"finetune_schedule": "step", "finetune_lr": 0.1},
         "distillation 0.5": once | {"distillation": 0.5},
         f"{3 * epochs} epochs": once | {"finetune_epochs": 3 * epochs},
+        UNPENALIZED: once,
         "two passes": {"multipass_ratios": (0.7, hardest)},
         "three passes": {"multipass_ratios": (0.7, 0.83, hardest)},
     }
 
 
-def reached(run: Run, data: ImageData, l1_lambda: float, sparse: VGG, dense: VGG) -> dict:
-    """The accuracy on the held-out images of the network that one way, the profile of `run`, makes
-    of `sparse`, and its cost."""
-    profile, network = run.profile, sparse
+def reached(
+    run: Run, data: ImageData, l1_lambda: float, network: VGG, dense: VGG, share: float | None
+) -> dict:
+    """The accuracy on the held-out images of what one way, the profile of `run`, makes of
+    `network`, and its cost; cut to that `share` of the MACs, if one is given."""
+    profile = run.profile
     ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
+    if share:
+        plan = plan_pruning(network, macs=share, min_channels=profile.min_channels)
+        network, ratios = stages.cut_on(run, data, network, plan), ()
     for k, ratio in enumerate(ratios):
         if k > 0:
             network = stages.train_again(run, data, network, l1_lambda, f"pass {k}").model
@@ -58,7 +70,7 @@ def reached(run: Run, data: ImageData, l1_lambda: float, sparse: VGG, dense: VGG
     return {
         "accuracy (%)": tuned.history.test_accuracy[-1],
         "MACs (M)": macs(network) / 1e6,
-        "epochs after the first cut": (len(ratios) - 1) * profile.epochs + profile.finetune_epochs,
+        "epochs after the first cut": (len(ratios[1:]) * profile.epochs + profile.finetune_epochs),
     }
 
 
@@ -89,9 +101,16 @@ def main() -> None:
         named = replace(profile, seed=seed, name=f"{profile.name}_trials_seed_{seed}")
         run = begin(named, held, device, remember=False)
         sparse, dense = (stages.train(run, held, strength).model for strength in (l1_lambda, 0.0))
-        for number, (way, change) in enumerate(ways(profile).items()):
-            of_its_own = replace(run.profile, name=f"{run.name}_way_{number}", **change)
-            found = reached(replace(run, profile=of_its_own), held, l1_lambda, sparse, dense)
+        for way, change in ways(profile).items():
+            folder = re.sub(r"\W+", "_", f"{run.name} {way}")
+            of_its_own = replace(run, profile=replace(run.profile, name=folder, **change))
+            network = dense if way == UNPENALIZED else sparse
+            share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse) if way == SAME_MACS else None
+            try:
+                found = reached(of_its_own, held, l1_lambda, network, dense, share)
+            except ValueError as error:
+                print(f"{way}: left out, {error}")
+                continue
             rows.append({"way": way, "seed": seed, **found})
     print(f"{profile.name}, λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
     print(compare(pd.DataFrame(rows)).round(2).to_string())

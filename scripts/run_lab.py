@@ -50,14 +50,12 @@ def execute(name: str, target: Path) -> None:
         nbformat.write(notebook, target)
 
 
-def run_all(profile: str) -> Path:
-    """All three, one after the other; the folder of the run that the first of them began.
+def run_all(folder: Path) -> Path:
+    """All three, one after the other; the folder of the run that the first of them began, which
+    before it has begun is `folder`.
 
     Exits with the cell's own error if one fails.
     """
-    os.environ["LAB_PROFILE"] = profile
-    os.environ.setdefault("LAB_CWD", os.getcwd())  # where LAB_DATA was typed
-    folder = ROOT / "figures" / get_profile(profile).name
     with tempfile.TemporaryDirectory() as temporary:
         # The notebooks pass the run on in a file of this process's own: others may run meanwhile.
         last_run = Path(temporary) / "last_run.txt"
@@ -89,11 +87,13 @@ def main() -> None:
     parser.add_argument("--profile", default=default, choices=PROFILES)
     profile = parser.parse_args().profile
     began = time.monotonic()
+    os.environ["LAB_PROFILE"] = profile
+    os.environ.setdefault("LAB_CWD", os.getcwd())  # where LAB_DATA was typed
     try:
-        get_profile(profile)
+        folder = ROOT / "figures" / get_profile(profile).name
     except ValueError as error:  # PROFILE, RUN or LAB_EPOCHS was mistyped
         sys.exit(str(error))
-    folder = run_all(profile)
+    folder = run_all(folder)
     write_page(folder)
     print(f"\n══════════ done in {(time.monotonic() - began) / 60:.1f} min ══════════\n")
     print(report(folder))

@@ -44,7 +44,7 @@ def plan(
     seeds: Sequence[int] = SEEDS,
 ) -> list[Profile]:
     """A profile for each seed. Raises ValueError that names what is wrong, before any work."""
-    name = profile or default_profile()[0]
+    name = profile or default_profile()
     base = get_profile(name)
     grid = GRIDS.get(name, (base.l1_lambdas, base.pruning_ratios))
     base = replace(

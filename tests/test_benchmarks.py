@@ -46,7 +46,9 @@ def test_a_trial_says_by_how_many_standard_errors_a_way_is_better():
 
 def test_each_way_of_a_trial_changes_one_thing_of_a_cut_at_once():
     profile = tiny_profile()
-    base, *others = trials.ways(profile).values()
-    for way in others:
+    ways = trials.ways(profile)
+    base = ways.pop(trials.BASE)
+    assert ways.pop(trials.UNPENALIZED) == base  # of another network
+    for way in ways.values():
         changed = {k for k, v in way.items() if v != base.get(k)}
         assert len(changed) == 1 or changed == {"finetune_schedule", "finetune_lr"}

@@ -16,35 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import same
+from faults import HTML, Trap
+from tiny import TINY_CFG, same, tiny_checkpoint, tiny_model
 
 from models.vgg import VGG
 from utils.checkpoint import FORMAT, Checkpoint, CheckpointError, load, save
 
-CFG = [3, 4, "M", 5]
 COLUMNS = ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "sparsity")
 
 
-def tiny_model(seed: int = 0, cfg: list = CFG) -> VGG:
-    torch.manual_seed(seed)
-    return VGG(cfg, num_classes=3)
-
-
-def half_trained(seed: int) -> Checkpoint:
-    """A run of which two of three epochs are done."""
-    model = tiny_model(seed)
-    return Checkpoint(
-        kind="trained",
-        cfg=model.cfg,
-        state_dict=model.state_dict(),
-        settings={"lr": 0.1, "seed": seed, "epochs": 3, "data": ["a", ("b", None, True)]},
-        history={name: [1.5, 0.25 + seed] for name in COLUMNS},
-        optimizer={"momentum": [torch.randn_like(p) for p in model.parameters()], "scaler": {}},
-        results={"accuracy": 93.5},
-    )
-
-
-OLD, NEW = half_trained(seed=1), half_trained(seed=2)
+OLD, NEW = tiny_checkpoint(seed=1), tiny_checkpoint(seed=2)
 STATE = OLD.state_dict
 
 
@@ -87,14 +68,14 @@ def test_what_was_saved_comes_back_to_the_last_bit(tmp_path, name):
 
 
 def test_equal_content_gives_equal_bytes(tmp_path):
-    for name, content in {"a": half_trained(1), "b": OLD, "c": NEW}.items():
+    for name, content in {"a": tiny_checkpoint(1), "b": OLD, "c": NEW}.items():
         save(tmp_path / name, content)
     a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
     assert a == b != c
 
 
 def test_the_model_of_a_checkpoint_computes_what_the_saved_one_did(tmp_path):
-    model, images = VGG(CFG, num_classes=7), torch.randn(4, 3, 32, 32)
+    model, images = VGG(TINY_CFG, num_classes=7), torch.randn(4, 3, 32, 32)
     model(images)  # moves the running statistics
     save(tmp_path / "x.pt", Checkpoint("slim", model.cfg, model.state_dict()))
     found = load(tmp_path / "x.pt")
@@ -127,12 +108,12 @@ def test_single_numbers_of_numpy_and_torch_come_back_as_plain_ones(tmp_path):
         "best": np.array(7),
     }
     history = {name: list(np.ones(2)) for name in COLUMNS}
-    cfg = [np.int64(v) if v != "M" else v for v in CFG]
+    cfg = [np.int64(v) if v != "M" else v for v in TINY_CFG]
     save(tmp_path / "x.pt", dataclasses.replace(OLD, cfg=cfg, settings=settings, history=history))
     found = load(tmp_path / "x.pt")
     plain = {"l1_lambda": 0.001, "ratios": [0.5, (3, 0.25), {"flip": True}]}
     assert same(found.settings, plain | {"name": "quick", "best": 7})
-    assert same(found.cfg, CFG) and same(found.history, {name: [1.0, 1.0] for name in COLUMNS})
+    assert same(found.cfg, TINY_CFG) and same(found.history, {name: [1.0, 1.0] for name in COLUMNS})
 
 
 def endless() -> list:
@@ -188,7 +169,6 @@ def test_a_disk_that_fails_is_a_checkpoint_error(tmp_path, monkeypatch):
 
 # --- reading: damaged files ----------------------------------------------------------------------
 
-HTML = b"<!DOCTYPE html><html><body>Sign in to continue</body></html>\n" * 40
 NO_ARCHIVES = {
     "empty": b"",
     "zeros": b"\0" * 5000,
@@ -299,8 +279,8 @@ LIES = {
     "a list": ([1, 2], "not a dictionary"),
     "a tensor": (torch.zeros(3), "not a dictionary"),
     "other cfg": (as_dict(cfg=[3, 4, "M", 6]), "cfg"),
-    "longer cfg": (as_dict(cfg=[*CFG, 7]), "cfg"),
-    "shorter cfg": (as_dict(cfg=CFG[:-1]), "cfg"),
+    "longer cfg": (as_dict(cfg=[*TINY_CFG, 7]), "cfg"),
+    "shorter cfg": (as_dict(cfg=TINY_CFG[:-1]), "cfg"),
     "empty cfg": (as_dict(cfg=[]), "cfg"),
     "cfg of text": (as_dict(cfg="MMM"), "VGG"),
     "cfg with a zero": (as_dict(cfg=[3, 0, "M", 5]), "0"),
@@ -381,7 +361,7 @@ def test_a_run_in_float16_and_a_finished_one_come_back(tmp_path):
 # --- reading: files of others --------------------------------------------------------------------
 
 POOLED = [4, "M", 5, 6, "M", "M", 7]
-THEIRS = tiny_model(3, POOLED).state_dict()
+THEIRS = tiny_model(3, cfg=POOLED).state_dict()
 
 
 def renamed(front: str) -> dict:
@@ -420,7 +400,7 @@ def test_files_of_others_are_read(tmp_path, name):
     found = load(tmp_path / "x.pt", kind="original lab")
     assert same(found.cfg, POOLED)
     images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(found.model()(images), tiny_model(3, POOLED).eval()(images))
+    assert torch.equal(found.model()(images), tiny_model(3, cfg=POOLED).eval()(images))
 
 
 RENAMED = {k.replace("feature", "features"): v for k, v in THEIRS.items()}
@@ -464,16 +444,6 @@ def test_the_advice_for_files_before_torch_1_6_works(tmp_path):
 
 
 # --- reading: files that attack ------------------------------------------------------------------
-
-
-class Trap:
-    """Code that unpickling would run."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.canary),)
 
 
 @pytest.mark.parametrize("place", ["whole", "settings", "state_dict", "cfg", "results", "pickle"])

@@ -180,17 +180,6 @@ def test_the_digest_is_of_the_content_not_of_the_name_of_the_folder():
         assert dataclasses.replace(data, classes=classes).digest != data.digest
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, [10]), (9, [10, 15])])
-def test_calibration_batches_are_the_first_of_an_epoch_of_training(count, sizes):
-    data, how = tiny_data(count=25), {"seed": 1, "crop_padding": 2, "flip": True}
-    found = data.calibration_batches(**how, count=count, batch_size=10)
-    assert [len(labels) for _, labels in found] == sizes
-    for (x, y), (images, labels) in zip(
-        found, data.train_batches(10, epoch=0, **how), strict=False
-    ):
-        assert torch.equal(x, images) and torch.equal(y, labels)
-
-
 @pytest.mark.parametrize(
     ("part", "value", "said"),
     [

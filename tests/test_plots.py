@@ -17,6 +17,7 @@ HISTORY = {
 }
 WORSE = {**HISTORY, "test_accuracy": [10.0, 11.0, 12.5]}
 NARROW = np.array([0.1, 0.2, 0.3, 4.0])
+WIDE = np.array([2.0, 3.0, 4.0, 4.0])
 COLLAPSED = np.array([1e-5, -1e-5, 2e-5, 3e-5])
 
 
@@ -34,7 +35,7 @@ FIGURES = {
     ),
     "training_curves": lambda: plots.training_curves({0.0: HISTORY, 3e-4: WORSE}, "CIFAR-Z"),
     "gamma_distributions": lambda: plots.gamma_distributions(
-        {3e-4: NARROW, 0.07: COLLAPSED}, "CIFAR-Z"
+        {0.0: WIDE, 3e-4: NARROW, 0.07: COLLAPSED}, "CIFAR-Z"
     ),
     "sorted_gammas": lambda: plots.sorted_gammas(
         np.array([0.4, -0.1, 0.2, -0.8]), {0.25: 0.15, 0.75: 0.6}, "CIFAR-Z"
@@ -53,16 +54,22 @@ FIGURES = {
     ),
     "accuracy_against_latency": lambda: plots.accuracy_against_latency(
         [
-            {"network": "dense", "runtime": "torch", "accuracy": 92.0, "seconds": 0.004},
-            {"network": "dense", "runtime": "int8", "accuracy": 91.5, "seconds": 0.002},
-            {"network": "slim", "runtime": "torch", "accuracy": 90.0, "seconds": 0.001},
+            {
+                "network": "dense",
+                "runtime": "torch",
+                "accuracy": 92.0,
+                "seconds": 0.004,
+                "iqr": 0.002,
+            },
+            {"network": "dense", "runtime": "int8", "accuracy": 91.5, "seconds": 0.002, "iqr": 0},
+            {"network": "slim", "runtime": "torch", "accuracy": 90.0, "seconds": 0.001, "iqr": 0},
         ],
         "CIFAR-Z",
     ),
     "summary": lambda: plots.summary(
         [
             row("A", "dense", 92.125, 20_035_018, 398.1363, 31.04),
-            row("B, 70%", "slim", 10.5, 2_250_000, 40.0, 8.0),
+            row("B, 70%", "slim", 10.5, 2_250_000, 40.0, 8.0) | {"raw cut (%)": 9.5},
             row("B, 70%, finetuned", "finetuned", 91.75, 2_250_000, 40.0, 8.0),
         ],
         "CIFAR-Z",
@@ -119,32 +126,34 @@ def test_training_curves_show_accuracy_and_sparsity_in_percent_for_each_lambda()
     assert points(first, "test accuracy") == ([1, 2, 3], HISTORY["test_accuracy"])
     assert points(second, "test accuracy") == ([1, 2, 3], WORSE["test_accuracy"])
     assert points(first_right, "sparsity") == ([1, 2, 3], [0, 25, 62.5])
+    assert list(first.get_lines()[-1].get_xdata()) == [2.5, 2.5]  # after two epochs lr drops
     assert first.get_xlabel() == "epoch"
     assert "(%)" in first.get_ylabel()
     assert "%" in second_right.get_ylabel()
     assert shared([first, second], "x")
     assert shared([first, second], "y")
     assert first_right.get_ylim() == second_right.get_ylim()
-    assert {"training accuracy", "test accuracy", "sparsity"} <= {
-        text.get_text() for text in figure.legends[0].get_texts()
-    }
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {
+        "training accuracy", "test accuracy", "sparsity", "lr drops",
+    }  # fmt: skip
 
 
 def test_gamma_distributions_share_an_axis_above_and_zoom_below():
     figure = FIGURES["gamma_distributions"]()
-    above, below = figure.axes[:2], figure.axes[2:]
-    assert [ax.get_title() for ax in above] == ["λ = 0.0003", "λ = 0.07"]
+    above, (unzoomed, *below) = figure.axes[:3], figure.axes[3:]
+    assert [ax.get_title() for ax in above] == ["λ = 0", "λ = 0.0003", "λ = 0.07"]
+    assert not unzoomed.patches and "few γ are small" in unzoomed.texts[0].get_text()
     # Zoom: 4 × the median of |γ|, which leaves out the 4.0 of the first network.
     assert "λ = 0.0003" in below[0].get_title()
     assert "75% of the channels" in below[0].get_title()
     assert "100% of the channels" in below[1].get_title()
 
-    assert above[0].get_xlim() == pytest.approx(above[1].get_xlim())
-    assert above[0].get_ylim() == above[1].get_ylim()
+    assert above[0].get_xlim() == above[1].get_xlim() == above[2].get_xlim()
+    assert above[0].get_ylim() == above[1].get_ylim() == above[2].get_ylim()
     assert above[0].get_xlim()[0] <= -1e-5
     assert above[0].get_xlim()[1] >= 4
     assert below[1].get_xlim()[1] < 1e-3 < 0.3 < below[0].get_xlim()[1]
-    assert [sum(bar.get_height() for bar in ax.patches) for ax in above] == [4, 4]
+    assert [sum(bar.get_height() for bar in ax.patches) for ax in above] == [4, 4, 4]
     assert [sum(bar.get_height() for bar in ax.patches) for ax in below] == [3, 4]
 
 
@@ -172,9 +181,9 @@ def test_sorted_gammas_ascend_on_a_log_axis_and_name_each_threshold():
     assert list(curve.get_xdata()) == [25, 50, 75, 100]
     assert list(curve.get_ydata()) == [0.1, 0.2, 0.4, 0.8]
     assert ax.get_yscale() == "log"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "prune 25%: |γ| < 0.15",
-        "prune 75%: |γ| < 0.6",
+    assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
+        "25% pruned: threshold 0.15",
+        "75% pruned: threshold 0.6",
     ]
     vertical, horizontal, *_ = cuts
     assert list(vertical.get_xdata()) == [25, 25]
@@ -244,6 +253,9 @@ def test_summary_shows_accuracy_and_costs_of_every_network_with_their_units():
         [31.04, 8, 8],
     ]
     assert [text.get_text() for text in figure.axes[0].texts] == ["92.12", "10.50", "91.75"]
+    (raw,) = figure.axes[0].get_lines()  # beside the bar of the slim network alone
+    assert (list(raw.get_xdata()), list(raw.get_ydata())) == ([9.5], [1])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["raw cut"]
     assert figure.axes[1].texts[0].get_text() == "20,035,018"
     assert figure.axes[2].texts[0].get_text() == "398.14"
 
@@ -267,7 +279,9 @@ def test_fine_tunings_stand_three_a_row_and_empty_places_show_nothing():
 
 def test_each_network_on_each_runtime_is_a_point_in_milliseconds():
     (ax,) = FIGURES["accuracy_against_latency"]().axes
-    drawn = [line for line in ax.get_lines() if len(line.get_xdata())]
+    bars = [line for line in ax.get_lines() if len(line.get_xdata()) == 2]
+    assert list(bars[0].get_xdata()) == [3, 5] and list(bars[0].get_ydata()) == [92, 92]
+    drawn = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
     places = [(*line.get_xdata(), *line.get_ydata()) for line in drawn]
     assert places == [(4.0, 92.0), (2.0, 91.5), (1.0, 90.0)]
     assert drawn[0].get_color() == drawn[1].get_color() != drawn[2].get_color()

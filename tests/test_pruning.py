@@ -9,13 +9,13 @@ import torch
 import torch_pruning as tp
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import cfgs, seeds
+from tiny import cfgs, network, seeds
 from torch import nn
 
 from models.vgg import VGG
 from utils import cost
-from utils.pruning import largest_ratio, mask, plan_pruning, slim
-from utils.sparsity import bn_layers
+from utils.pruning import mask, most_prunable, plan_pruning, slim
+from utils.sparsity import bn_layers, scaling_factors
 
 ratios = st.floats(0, 1, exclude_max=True)
 floors = st.integers(1, 7)
@@ -25,14 +25,6 @@ few_gammas = st.lists(
     min_size=1,
     max_size=4,
 )
-
-
-def network(*gammas):
-    """A network with one layer per list of γ."""
-    model = VGG([len(g) for g in gammas])
-    for bn, gamma in zip(bn_layers(model), gammas, strict=True):
-        bn.weight.data = torch.tensor(gamma)
-    return model
 
 
 def masks(plan):
@@ -169,11 +161,13 @@ def test_macs_of_the_slim_network_are_the_realised_ones_and_asking_for_them_chan
 
 
 @given(cfg=cfgs, floor=floors)
-def test_the_largest_ratio_leaves_each_layer_its_floor_and_one_channel_more_is_refused(cfg, floor):
+def test_the_most_that_can_go_leaves_each_layer_its_floor_and_one_channel_more_is_refused(
+    cfg, floor
+):
     model = random_network(cfg)
-    largest = largest_ratio(model, floor)
-    plan = plan_pruning(model, largest, min_channels=floor)
-    one_more = largest + 1 / plan.total
+    total, most = scaling_factors(model).numel(), most_prunable(cfg, floor)
+    plan = plan_pruning(model, most / total, min_channels=floor)
+    one_more = (most + 1) / total
     assert [m.sum() for m in plan.cfg_mask] == [min(m.numel(), floor) for m in plan.cfg_mask]
     if one_more < 1:
         with pytest.raises(ValueError, match="min_channels"):
@@ -267,7 +261,6 @@ def test_numbers_of_numpy_and_torch_are_plain_numbers_in_the_plan(kind):
     assert masks(by_ratio) == masks(plan_pruning(model, 0.5, min_channels=2))
     assert masks(by_macs) == masks(plan_pruning(model, macs=0.5, min_channels=2))
     assert type(by_ratio.pruning_ratio) is type(by_macs.macs) is float
-    assert largest_ratio(model, floor) == largest_ratio(model, 2)
 
 
 @pytest.mark.parametrize("gamma", [math.nan, math.inf, -math.inf])

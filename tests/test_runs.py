@@ -105,7 +105,16 @@ def test_a_lambda_may_be_added_and_the_run_is_then_another():
     run = begun(l1_lambdas=(0.0, 0.1))
     more = begun(l1_lambdas=(0.0, 0.1, 0.2))
     assert more.id != run.id and open_run() == more
-    assert more.trained_file(0.1) == run.trained_file(0.1)
+    assert more.trained_file(0.1) == run.trained_file(0.1) and more.began == run.began
+
+
+def test_adding_a_lambda_keeps_what_the_notebooks_after_it_decided():
+    begun()
+    decided = {"min_channels": 2, "finetune_epochs": 7}
+    open_run(**decided)
+    begun(l1_lambdas=(0.0, 0.1, 0.2))
+    found = open_run().profile
+    assert {name: getattr(found, name) for name in decided} == decided
 
 
 def test_the_precision_is_decided_once(monkeypatch):
@@ -212,6 +221,9 @@ def test_save_as_cuts_the_same_networks_and_leaves_the_run_as_it_was():
     assert Path("checkpoints/first/run.json").read_bytes() == before
     again = open_run(None, save_as="floor_2", min_channels=2)  # the notebook is run once more
     assert again == cut
+    kept = open_run("floor_2", finetune_epochs=7)  # as the notebook after it decides
+    assert open_run("first", save_as="floor_2") == kept
+    cut = kept
     other = open_run(None, save_as="floor_1", min_channels=1)
     assert other.trained_in == "first" and open_run("floor_2") == cut
     with pytest.raises(RunError, match="the networks of the run first"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import network
 from torch import nn
 
 from models.vgg import VGG
@@ -15,14 +16,6 @@ from utils.sparsity import (
     sparsity,
     swing,
 )
-
-
-def network(*gammas):
-    """A network with one layer per list of γ."""
-    model = VGG([len(g) for g in gammas])
-    for bn, gamma in zip(bn_layers(model), gammas, strict=True):
-        bn.weight.data = torch.tensor(gamma)
-    return model
 
 
 def test_bn_layers_of_any_network_come_in_forward_order():

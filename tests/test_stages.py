@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import same, tiny_data, tiny_model, tiny_profile
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import cfgs, same, tiny_data, tiny_model, tiny_profile
 from torch import nn
 
 from models.vgg import VGG
@@ -409,9 +411,20 @@ def test_a_network_from_elsewhere_is_fine_tuned_if_it_fits_the_images(tmp_path, 
 @pytest.mark.parametrize("ratios", [None, [], [50, 90], [0.5, 1.0], [0.99]])
 def test_ladder_ratios_that_leave_no_ladder_are_named(ratios):
     with pytest.raises(ValueError, match="ladder_ratios"):
-        stages.feasible(ratios, [VGG([4, 4])], min_channels=1)
+        stages.feasible(ratios, [4, 4], min_channels=1)
 
 
 def test_a_ladder_ratio_that_the_floor_forbids_is_left_out_with_a_word(capsys):
-    assert stages.feasible([0.25, 0.6], [VGG([4, 4])], min_channels=2) == [0.25]
+    assert stages.feasible([0.25, 0.6], [4, "M", 4], min_channels=2) == [0.25]
     assert "60% left out: min_channels = 2" in capsys.readouterr().out
+
+
+@given(cfg=cfgs, floor=st.integers(1, 4), ratio=st.floats(0, 0.99))
+def test_a_ladder_ratio_is_kept_exactly_where_the_plan_can_be_made(cfg, floor, ratio):
+    try:
+        plan_pruning(VGG(cfg), ratio, min_channels=floor)
+    except ValueError:
+        with pytest.raises(ValueError, match="leaves none"):
+            stages.feasible([ratio], cfg, floor)
+    else:
+        assert stages.feasible([ratio], cfg, floor) == [ratio]

@@ -10,6 +10,7 @@ from models.vgg import VGG
 from utils.checkpoint import COLUMNS, Checkpoint
 from utils.config import PROFILES, Profile
 from utils.data import ImageData
+from utils.sparsity import bn_layers
 from utils.training import fit
 
 TINY_CFG = [3, 4, "M", 5]
@@ -34,20 +35,28 @@ def tiny_profile(**changes) -> Profile:
     return dataclasses.replace(PROFILES["smoke"], **(fields | changes))
 
 
-def tiny_model(seed: int = 0, num_classes: int = 3) -> VGG:
+def tiny_model(seed: int = 0, num_classes: int = 3, cfg: list = TINY_CFG) -> VGG:
     torch.manual_seed(seed)
-    return VGG(TINY_CFG, num_classes=num_classes)
+    return VGG(cfg, num_classes=num_classes)
 
 
-def tiny_checkpoint(seed: int = 0, kind: str = "trained") -> Checkpoint:
+def network(*gammas: list[float]) -> VGG:
+    """A network with one layer per list of γ."""
+    model = VGG([len(g) for g in gammas])
+    for bn, gamma in zip(bn_layers(model), gammas, strict=True):
+        bn.weight.data = torch.tensor(gamma)
+    return model
+
+
+def tiny_checkpoint(seed: int = 0) -> Checkpoint:
     """A run of which two of three epochs are done, without the time to train it."""
     model = tiny_model(seed)
     momentum = [torch.randn_like(p) for p in model.parameters()]
     return Checkpoint(
-        kind=kind,
+        kind="trained",
         cfg=model.cfg,
         state_dict=model.state_dict(),
-        settings={"lr": 0.1, "seed": seed, "epochs": 3},
+        settings={"lr": 0.1, "seed": seed, "epochs": 3, "data": ["a", ("b", None, True)]},
         history={name: [1.5, 0.25 + seed] for name in COLUMNS},
         optimizer={"momentum": momentum, "scaler": {}},
         results={"accuracy": 93.5},

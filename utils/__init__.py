@@ -1,4 +1,4 @@
-"""What the notebooks share, in the order of a run.
+"""What the notebooks share.
 
 the method     sparsity, pruning, compensation
 its steps      stages: what notebooks, tests and sweeps call

@@ -1,7 +1,6 @@
 """A data set as tensors on the device; batches with crop and flip."""
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -115,15 +114,6 @@ class ImageData:
         for i, s, f in zip(*(t.split(sizes) for t in drawn), strict=True):
             images = self.train_images.index_select(0, i)  # on a CPU far faster than [i]
             yield normalize(augment(images, s, f, crop_padding)), self.train_labels[i]
-
-    def calibration_batches(
-        self, *, seed: int, crop_padding: int, flip: bool, count: int = 25, batch_size: int = 200
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The first `count` batches of an epoch of training, for `recalibrate_bn`."""
-        batches = self.train_batches(
-            batch_size, seed=seed, epoch=0, crop_padding=crop_padding, flip=flip
-        )
-        return list(itertools.islice(batches, count))
 
     def plain_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of `split` ("train" or "test") in order, not augmented: float32

@@ -81,19 +81,14 @@ def fits_in_memory(batch_size: int) -> Iterator[None]:
         raise MemoryError(f"batch_size = {batch_size}: too large for this GPU; lower it") from error
 
 
-def seconds_per_epoch(
-    model: nn.Module,
-    data: ImageData,
-    profile: Profile,
-    teacher: nn.Module | None = None,
-) -> float:
+def seconds_per_epoch(model: nn.Module, data: ImageData, profile: Profile) -> float:
     """How long an epoch of training and testing takes, from a few steps on a copy.
 
     Raises MemoryError if a GPU is too small for the batch.
     """
     engine = choose_engine(model, data, profile)
     copied = copy.deepcopy(model)
-    step = make_step(copied, profile, engine, l1_lambda=0.0, teacher=teacher)
+    step = make_step(copied, profile, engine, l1_lambda=0.0)
     images, labels = next(data.plain_batches("train", profile.batch_size))
     with fits_in_memory(profile.batch_size):
         _seconds(lambda: step(images, labels))  # warms up

@@ -95,18 +95,14 @@ def check_parity(model: "VGG", path: str | Path, images: "Tensor") -> float:
 
 
 def quantize_int8(
-    path: str | Path,
-    batches: Iterable[tuple["Tensor", "Tensor"]],
-    path8: str | Path,
-    *,
-    reduce_range: bool | None = None,
+    path: str | Path, batches: Iterable[tuple["Tensor", "Tensor"]], path8: str | Path
 ) -> None:
     """Write the int8 form of the ONNX file `path` to `path8`: static, weights per output channel.
 
     `batches` yields (images, labels) of the training set; an activation's range is the one seen
     there, labels are not used. Weights and activations are signed, which is fast on Arm; on x86
-    ONNX Runtime makes the activations unsigned as it loads them. `reduce_range` uses 7 bits, by
-    default where `_int8_overflows`. Raises ExportError without an image, or where `session` does.
+    ONNX Runtime makes the activations unsigned as it loads them; where 8 bits
+    would overflow, weights have 7. Raises ExportError without an image, or where `session` does.
     """
     onnx = _needed("onnx")
     properties = session(path).get_modelmeta().custom_metadata_map
@@ -120,14 +116,12 @@ def quantize_int8(
         def get_next(self) -> dict[str, np.ndarray] | None:
             return feeds.pop(0) if feeds else None
 
-    if reduce_range is None:
-        reduce_range = _int8_overflows()
     with tempfile.TemporaryDirectory() as folder:
         prepared, quantized = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         # Its defaults: QDQ, signed weights, signed activations.
         quantize_static(
-            prepared, quantized, Calibration(), per_channel=True, reduce_range=reduce_range
+            prepared, quantized, Calibration(), per_channel=True, reduce_range=_int8_overflows()
         )
         content = onnx.load(quantized)
     onnx.helper.set_model_props(content, properties)

@@ -48,9 +48,12 @@ def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: 
     """One panel per λ: training and test accuracy in % on the left, sparsity on the right."""
     figure, axes = panels(len(histories), sharex=True, sharey=True, width=4.4, height=3.8)
     for ax, (l1_lambda, history) in zip(axes[0], histories.items(), strict=True):
-        epochs = range(1, len(history["lr"]) + 1)
+        rates = history["lr"]
+        epochs = range(1, len(rates) + 1)
         ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training accuracy")
         ax.plot(epochs, history["test_accuracy"], color=TEST, label="test accuracy")
+        for epoch in [k for k in epochs[:-1] if rates[k] < 0.2 * rates[k - 1]]:
+            ax.axvline(epoch + 0.5, color="gray", linewidth=1, linestyle=":", label="lr drops")
         ax.set(title=f"λ = {l1_lambda:g}", xlabel="epoch", ylim=(0, 103))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
@@ -62,14 +65,14 @@ def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: 
         if ax is axes[0][-1]:
             right.set_ylabel("sparsity (% of the channels)", color=SPARSITY)
     axes[0][0].set_ylabel("accuracy (%)")
-    lines = [*axes[0][-1].get_lines(), *right.get_lines()]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3)
+    lines = {line.get_label(): line for line in [*axes[0][-1].get_lines(), *right.get_lines()]}
+    figure.legend(handles=[*lines.values()], loc="outside lower center", ncols=4)
     figure.suptitle(f"Accuracy and sparsity while training on {data}")
     return figure
 
 
 def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure:
-    """γ for each λ: on one shared axis above, each on its own scale below."""
+    """γ for each λ: on one shared axis above; below, where many are small, these on their own."""
     figure, axes = panels(len(gammas), rows=2, width=4.4, height=3.0)
     # A few huge γ, as a collapsed network can have, must not squeeze all others into one bar.
     bulk = max(min(np.abs(g).max(), 4 * np.quantile(np.abs(g), 0.975)) for g in gammas.values())
@@ -80,9 +83,18 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
         top.hist(gamma.clip(shared[0], shared[-1]), bins=shared, color=TRAIN)
         outside = np.sum((gamma < shared[0]) | (gamma > shared[-1]))
         note = f" (outermost bars: {outside} beyond)" if outside else ""
-        top.set(title=f"λ = {l1_lambda:g}{note}", yscale="log", ylim=(0.7, 2 * len(gamma)))
+        top.set(
+            title=f"λ = {l1_lambda:g}{note}", xlabel="scaling factor γ",
+            yscale="log", ylim=(0.7, 2 * len(gamma)),
+        )  # fmt: skip
+        top.grid(alpha=0.3)
         # Below, the scale that holds the smaller half of this network's own γ and their vicinity.
-        reach = min(4 * float(np.median(np.abs(gamma))), float(np.abs(gamma).max())) or 1e-12
+        reach = 4 * float(np.median(np.abs(gamma)))
+        if reach > bulk / 4:
+            bottom.text(0.5, 0.5, f"λ = {l1_lambda:g}: few γ are small", ha="center", va="center")
+            bottom.axis("off")
+            continue
+        reach = min(reach, float(np.abs(gamma).max())) or 1e-12
         zoomed = gamma[np.abs(gamma) <= reach]
         bottom.hist(zoomed, bins=np.linspace(-reach, reach, 61), color=SPARSITY)
         bottom.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
@@ -90,10 +102,9 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
             title=f"λ = {l1_lambda:g}, zoomed: {len(zoomed) / len(gamma):.0%} of the channels",
             xlabel="scaling factor γ",
         )
-        for ax in (top, bottom):
-            ax.grid(alpha=0.3)
+        bottom.grid(alpha=0.3)
+        bottom.set_ylabel("channels\neach λ on its own axes")
     axes[0][0].set_ylabel("channels (log scale)\nsame axes for all λ")
-    axes[1][0].set_ylabel("channels\neach λ on its own axes")
     figure.suptitle(f"Scaling factors γ after training on {data}")
     return figure
 
@@ -112,7 +123,7 @@ def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: 
             threshold,
             color=color,
             linestyle="--",
-            label=f"prune {100 * ratio:g}%: |γ| < {threshold:.2g}",
+            label=f"{100 * ratio:g}% pruned: threshold {threshold:.2g}",
         )
     ax.set(
         yscale="log",
@@ -122,7 +133,7 @@ def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: 
         xlim=(0, 100),
     )
     ax.grid(alpha=0.3)
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -138,8 +149,9 @@ def kept_channels(widths: Sequence[int], kept: Mapping[float, Sequence[int]], ti
         ax.set(
             title=f"{100 * ratio:g}% pruned: {sum(counts):,} of {sum(widths):,} channels stay",
             xlabel="convolution",
-            xticks=layers[::2],
+            xticks=layers,
         )
+        ax.tick_params(axis="x", labelsize=7)
     axes[0][0].set_ylabel("channels")
     axes[0][0].legend()
     figure.suptitle(title)
@@ -235,7 +247,7 @@ class LiveCurve:
 
 def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) -> Figure:
     """Every network on every runtime as a point: rows of `network`, `runtime`, `accuracy` in % and
-    `seconds` for one image."""
+    the median `seconds` for one image, whose middle half is `iqr` wide."""
     figure, ((ax,),) = panels(1, width=7.5, height=4.2)
     runtimes = dict.fromkeys(p["runtime"] for p in points)
     networks = dict.fromkeys(p["network"] for p in points)
@@ -246,13 +258,15 @@ def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) 
             1e3 * p["seconds"], p["accuracy"], linestyle="none", markersize=8,
             color=colors[p["network"]], marker=markers[p["runtime"]],
         )  # fmt: skip
+        middle_half = [1e3 * (p["seconds"] + side * p["iqr"] / 2) for side in (-1, 1)]
+        ax.plot(middle_half, 2 * [p["accuracy"]], color=colors[p["network"]])
     for name, color in colors.items():
         ax.plot([], [], color=color, linewidth=4, label=name)
     for name, marker in markers.items():
         ax.plot([], [], color="black", marker=marker, linestyle="none", label=name)
     ax.set(
         xscale="log",
-        xlabel="latency of one image (ms, log scale)",
+        xlabel="latency of one image (ms, log scale; line: the IQR)",
         ylabel="test accuracy (%)",
         title=f"What pruning, the runtime and 8 bits bring: {data}",
     )
@@ -272,16 +286,23 @@ def summary(table: Sequence[Mapping[str, object]], data: str) -> Figure:
         "MACs (M)": "{:.2f}",
         "batch of 256 (ms)": "{:.1f}",
     }
+    raw = [
+        (row["raw cut (%)"], y) for y, row in enumerate(table) if row.get("raw cut (%)") is not None
+    ]
     colors = {"dense": "dimgray", "sparse": SPARSITY, "slim": TRAIN, "finetuned": TEST}
     figure, axes = panels(len(columns), sharey=True, width=3.1, height=0.8 + 0.45 * len(table))
     names = [row["network"] for row in table]
     for ax, (column, form) in zip(axes[0], columns.items(), strict=True):
         values = [row[column] for row in table]
         bars = ax.barh(names, values, color=[colors[row["stage"]] for row in table])
-        ax.bar_label(bars, [form.format(v) for v in values], padding=3, fontsize=9)
-        ax.set(title=column, xlim=(0, 1.35 * max(values)))
+        ax.bar_label(bars, [form.format(v) for v in values], padding=8, fontsize=9)
+        ax.set(title=column, xlim=(0, 1.5 * max(values)))
         ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(3))
+    if raw:
+        marks = {"color": "black", "marker": "|", "markersize": 16, "markeredgewidth": 2}
+        axes[0][0].plot(*zip(*raw, strict=True), linestyle="none", label="raw cut", **marks)
+        figure.legend(loc="outside lower center")
     axes[0][0].invert_yaxis()
     figure.suptitle(f"Every network of the lab: {data}")
     return figure

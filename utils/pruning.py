@@ -62,11 +62,9 @@ def _number(field: str, value: object) -> float:
     raise ValueError(f"{field} = {value!r}: must be {words}{hint}")
 
 
-def largest_ratio(model: VGG, min_channels: int = 1) -> float:
-    """The largest pruning ratio for which each layer can keep its floor of `min_channels`."""
-    floor = _number("min_channels", min_channels)
-    widths = [bn.num_features for _, bn in model.blocks()]
-    return 1 - sum(min(width, floor) for width in widths) / sum(widths)
+def most_prunable(cfg: list[int | str], min_channels: int) -> int:
+    """How many channels can go where each layer keeps `min_channels` (a narrower one all)."""
+    return sum(max(0, v - min_channels) for v in cfg if v != "M")
 
 
 def plan_pruning(
@@ -96,13 +94,13 @@ def _plan_by_ratio(model: VGG, pruning_ratio: float, floor: int) -> PruningPlan:
     gamma = torch.cat(gammas)
     if not gamma.isfinite().all():
         raise ValueError("the network has scaling factors γ that are not finite; it has diverged")
+    count, most = round(len(gamma) * pruning_ratio), most_prunable(model.cfg, floor)
+    if count > most:
+        lets = f"min_channels = {floor} lets only {most} of {len(gamma)} channels go"
+        raise ValueError(f"pruning_ratio = {pruning_ratio}: {lets}, not {count}; lower either")
     ordered, order = gamma.sort(stable=True)  # ascending, ties in forward order
     beside_floor = torch.cat([g.argsort(stable=True).argsort() < len(g) - floor for g in gammas])
     prunable = beside_floor[order].nonzero().flatten()  # places in that order
-    count = round(len(gamma) * pruning_ratio)
-    if count > len(prunable):
-        most = f"min_channels = {floor} lets only {len(prunable)} of {len(gamma)} channels go"
-        raise ValueError(f"pruning_ratio = {pruning_ratio}: {most}, not {count}; lower either")
     keep = torch.ones_like(gamma, dtype=torch.bool)
     keep[order[prunable[:count]]] = False
     cfg_mask = list(keep.split([len(g) for g in gammas]))
@@ -124,8 +122,8 @@ def _plan_by_macs(model: VGG, macs: float, floor: int) -> PruningPlan:
             left = cost.macs(VGG(by_ratio.cfg, num_classes=model.classifier.out_features))
         return replace(by_ratio, macs=macs, realised_macs=left / whole)
 
-    most = round(total * largest_ratio(model, floor))
-    chosen = plan(bisect_left(range(most), True, key=lambda n: plan(n).realised_macs <= macs))
+    most = range(most_prunable(model.cfg, floor))
+    chosen = plan(bisect_left(most, True, key=lambda n: plan(n).realised_macs <= macs))
     if chosen.realised_macs > macs:
         least = f"min_channels = {floor} keeps {chosen.realised_macs:.3%} of the MACs"
         raise ValueError(f"macs = {macs}: {least}; raise the one or lower the other")

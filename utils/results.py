@@ -22,16 +22,12 @@ NOTEBOOKS = ("sparsity_train", "vggprune", "train_prune_model")
 """The sections of the file, one per notebook, each of which builds on those before it."""
 FORMATS = {
     "λ": "{:g}",
-    "pruned": "{}",
-    "training accuracy (%)": "{:.2f}",
-    "test accuracy (%)": "{:.2f}",
     "sparsity": "{:.3f}",
     "median |γ|": "{:.1e}",
     "parameters": "{:,}",
-    "MACs (M)": "{:.2f}",
     **dict.fromkeys(("file (kB)", "ONNX float32 (kB)", "ONNX int8 (kB)"), "{:,.0f}"),
 }
-"""How a column is written; accuracies and milliseconds, and what is not named here: two places."""
+"""How a column is written where it is not as usual: floats with two places, all else as it is."""
 QUOTED = re.compile(
     r"(<!-- python -m utils\.results (\S+) (\w+) -->\n)(?:(?!<!--).)*(<!-- end -->)", re.S
 )
@@ -56,7 +52,7 @@ def record(run: Run, notebook: str, values: dict, device: torch.device | str) ->
             if why := foreign(results, other, run.id):
                 print(f"{path}: {other}.ipynb {why}: its old results are left out, run it again")
                 del results[other]
-        if notebook == NOTEBOOKS[2]:
+        if notebook == "train_prune_model":
             results[notebook]["cut"] = _cut(results)
         write_json(path, results)
 
@@ -66,13 +62,13 @@ def foreign(results: dict, notebook: str, run_id: str) -> str:
     section = results[notebook]
     if section.get("run") != run_id:
         return "has shown another run"
-    if notebook == NOTEBOOKS[2] and section.get("cut") != _cut(results):
+    if notebook == "train_prune_model" and section.get("cut") != _cut(results):
         return "has shown the networks of an earlier cut"
     return ""
 
 
 def _cut(results: dict) -> str:
-    cuts = results.get(NOTEBOOKS[1], {}).get("cuts")
+    cuts = results.get("vggprune", {}).get("cuts")
     names = ("l1_lambda", "pruning_ratio", "min_channels", "cfg")
     said = [[c.get(name) for name in names] for c in cuts or () if isinstance(c, dict)]
     return json_digest(said)

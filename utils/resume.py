@@ -14,9 +14,8 @@ from models.vgg import VGG
 from utils.checkpoint import CheckpointError, load
 from utils.config import Profile
 from utils.data import ImageData
-from utils.engine import choose_engine
 from utils.files import digest, file_lock
-from utils.sparsity import add_l1_subgradient, bn_layers
+from utils.sparsity import bn_layers
 from utils.step import Penalty
 
 SETTINGS = (
@@ -57,15 +56,16 @@ def training_settings(
     model: VGG,
     data: ImageData,
     profile: Profile,
+    precision: str,
     *,
-    l1_lambda: float = 0.0,
-    penalty: Penalty = add_l1_subgradient,
-    teacher: VGG | None = None,
+    l1_lambda: float,
+    penalty: Penalty,
+    teacher: VGG | None,
 ) -> dict:
     """All that the result of `fit` follows from. Equal settings, equal run."""
     settings = {name: getattr(profile, name) for name in SETTINGS}
     settings |= {
-        "precision": choose_engine(model, data, profile).precision,
+        "precision": precision,
         "l1_lambda": l1_lambda,
         "penalty": _fingerprint(penalty, l1_lambda),
         "cfg": list(model.cfg),
@@ -128,18 +128,15 @@ def only_writer(checkpoint: str | Path | None) -> Iterator[None]:
     if not checkpoint:
         yield
         return
-    lock = file_lock(checkpoint, timeout=0)
     try:
-        lock.acquire()
+        held = file_lock(checkpoint, timeout=0).acquire()
     except Timeout:
         raise CheckpointError(
             f"{Path(checkpoint).resolve()}: another notebook is writing this file now. Stop that "
             "one or wait for it, or set run_name: a run of its own."
         ) from None
-    try:
+    with held:
         path = Path(checkpoint)
         for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
             unfinished.unlink(missing_ok=True)  # of a run that was killed while saving
         yield
-    finally:
-        lock.release()

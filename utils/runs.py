@@ -25,14 +25,15 @@ CUT = ("pruning_ratios", "min_channels")
 FINETUNE = (
     "multipass_ratios", "finetune_epochs", "finetune_lr", "finetune_schedule", "distillation",
 )  # fmt: skip
+SGD = (
+    "batch_size", "momentum", "nesterov", "weight_decay", "crop_padding", "flip", "seed",
+    "precision",
+)  # fmt: skip
 SHOWN = {
-    "training": (
-        "depth", "width", "l1_lambdas", "epochs", "lr", "schedule", "batch_size", "momentum",
-        "weight_decay", "crop_padding", "flip", "seed", "precision",
-    ),
+    "training": ("depth", "width", "l1_lambdas", "epochs", "lr", "schedule", *SGD),
     "cut": ("l1_lambdas", "seed", *CUT),
-    "finetune": ("batch_size", "momentum", "weight_decay", "seed", "precision", *FINETUNE),
-}  # fmt: skip
+    "finetune": (*SGD, *FINETUNE),
+}
 """The settings that each notebook uses."""
 WITHOUT_EFFECT = ("name", "data", "cuda_graph", "test_batch_size")
 """Fields of a profile on which no weight depends (the images count by their digest)."""
@@ -122,8 +123,7 @@ def begin(
     run = Run(profile, images, describe_machine(device), now)
     if before:
         _require_same(run, before, file)
-    if before and run.id == before.id:
-        free = {k: getattr(profile, k) for k in WITHOUT_EFFECT}
+        free = {k: getattr(profile, k) for k in ("l1_lambdas", *WITHOUT_EFFECT)}
         run = dataclasses.replace(before, profile=dataclasses.replace(before.profile, **free))
     if run != before:
         _write(run)
@@ -146,15 +146,17 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     run = _read(file)
     for name in decided.keys() - {*CUT, *FINETUNE}:
         raise RunError(f"{name}: was decided when the run was trained; begin another run for it")
-    changes = {k: v for k, v in decided.items() if v is not None}
     if save_as and save_as != run.name:
-        changes["name"] = save_as
-        run = dataclasses.replace(run, trained_in=run.trained_in or run.name)
+        profile = dataclasses.replace(run.profile, name=save_as)
+        run = dataclasses.replace(run, profile=profile, trained_in=run.trained_in or run.name)
         file = Path("checkpoints") / save_as / "run.json"
-        if file.exists() and (_read(file).trained_in, _read(file).id) != (run.trained_in, run.id):
+        there = _read(file) if file.exists() else run
+        if (there.trained_in, there.id) != (run.trained_in, run.id):
             raise RunError(f"save_as = {save_as!r}: a run of other networks is there; name another")
+        run = there
+    changes = {k: v for k, v in decided.items() if v is not None}
     run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, **changes))
-    if changes:
+    if changes or not file.exists():
         _write(run)
     return _last(run)
 

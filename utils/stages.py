@@ -5,6 +5,7 @@ is there already. Called again, a step that is done just loads.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,10 @@ import torch
 from models.vgg import VGG
 from utils.checkpoint import Checkpoint, load, save
 from utils.compensation import slim_repaired
-from utils.config import Profile
+from utils.config import Profile, is_ratio
 from utils.data import ImageData
 from utils.files import typed_path
-from utils.pruning import PruningPlan, largest_ratio, plan_pruning
+from utils.pruning import PruningPlan, most_prunable, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
 from utils.sparsity import add_l1_subgradient, is_collapsed, reach, scaling_factors, swing
@@ -154,36 +155,32 @@ def choose(verdicts: Mapping[float, Verdict], l1_lambda: float | None = None) ->
     return min(working, key=working.get)
 
 
-def feasible(ratios: Iterable[float], models: Iterable[VGG], min_channels: int) -> list[float]:
-    """Those of `ratios` that every one of `models` can be cut by; a printed line for each other.
+def feasible(ratios: Iterable[float], cfg: list[int | str], min_channels: int) -> list[float]:
+    """Those of `ratios` by which a network of `cfg` can be cut; a printed line for each other.
 
     Raises ValueError, naming `ladder_ratios`, for what is no list of ratios or leaves none.
     """
     try:
-        ratios = [float(ratio) for ratio in ratios]
-    except TypeError:
-        ratios = []
-    wrong = [ratio for ratio in ratios if not 0 <= ratio < 1]
-    if wrong or not ratios:
-        shown = wrong[0] if wrong else "empty"
-        hint = f"; did you mean {shown / 100:g}?" if wrong and 1 < shown < 100 else ""
-        raise ValueError(f"ladder_ratios: {shown} must be ratios such as [0.5, 0.9]{hint}")
-    most = min(largest_ratio(model, min_channels) for model in models)
-    for ratio in [ratio for ratio in ratios if ratio > most]:
+        ratios = [is_ratio(float(ratio)) for ratio in ratios]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"ladder_ratios = {ratios!r}: {error}") from None
+    total, most = sum(v for v in cfg if v != "M"), most_prunable(cfg, min_channels)
+    for ratio in [ratio for ratio in ratios if round(total * ratio) > most]:
         print(f"{100 * ratio:g}% left out: min_channels = {min_channels} keeps more channels")
-    kept = [ratio for ratio in ratios if ratio <= most]
+    kept = [ratio for ratio in ratios if round(total * ratio) <= most]
     if not kept:
-        raise ValueError(
-            f"ladder_ratios = {ratios}: min_channels = {min_channels} forbids them all"
-        )
+        raise ValueError(f"ladder_ratios = {ratios}: min_channels = {min_channels} leaves none")
     return kept
 
 
 def calibration(run: Run, data: ImageData) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches on which BN is recalibrated: (images, labels) as `train_batches` yields them,
+    """The batches on which BN is recalibrated: the first 25 of 200 (images, labels) of an epoch,
     augmented as this run trains."""
     how = run.profile
-    return data.calibration_batches(seed=how.seed, crop_padding=how.crop_padding, flip=how.flip)
+    batches = data.train_batches(
+        200, seed=how.seed, epoch=0, crop_padding=how.crop_padding, flip=how.flip
+    )
+    return list(itertools.islice(batches, 25))
 
 
 def save_slim(
@@ -243,11 +240,10 @@ def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan) -> VGG:
     on from the very same bits, on another machine too."""
     source = weights_digest(network)
     file = run.checkpoints / f"cut_{plan.kept}_of_{source}.pt"
-    cfg = list(plan.cfg)
     saved = load(file, kind="slim") if file.exists() else None
-    if saved is None or saved.cfg != cfg:
+    if saved is None or saved.cfg != plan.cfg:
         slimmed = slim_repaired(network, plan, calibration(run, data))
-        save(file, Checkpoint("slim", cfg, slimmed.state_dict(), {"images": data.digest}))
+        save(file, Checkpoint("slim", plan.cfg, slimmed.state_dict(), {"images": data.digest}))
         saved = load(file, kind="slim")
     return saved.model().to(data.train_images.device)
 

@@ -80,9 +80,8 @@ class TrainStep:
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum()
-            batch = torch.stack([loss * len(labels), correct, torch.ones_like(loss)])
-            batch[2] *= len(labels)
-            self.totals += batch
+            count = torch.full_like(loss, len(labels))
+            self.totals += torch.stack([loss * count, correct, count])
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the steps to come."""

@@ -38,7 +38,7 @@ COLUMNS = (
 A pruning_ratio of 0 is the trained network itself. `reason`: why a number is missing."""
 HandOut = Callable[[list["Task"]], Iterator[dict]]
 """Has tasks done, and yields their rows as they come."""
-DONE_ELSEWHERE = ("name", "l1_lambdas", "pruning_ratios", "multipass_ratios")
+DONE_ELSEWHERE = ("l1_lambdas", "pruning_ratios", "multipass_ratios")
 """Fields of a profile on which a task does not depend: it has a λ and a ratio of its own."""
 
 

@@ -122,8 +122,9 @@ def fit(
     data, teacher = data.to(device), teacher and teacher.to(device)
     engine = choose_engine(model, data, profile)
     settings = training_settings(
-        model, data, profile, l1_lambda=l1_lambda, penalty=penalty, teacher=teacher
-    )
+        model, data, profile, engine.precision,
+        l1_lambda=l1_lambda, penalty=penalty, teacher=teacher,
+    )  # fmt: skip
     with only_writer(checkpoint):
         history, state = resume(checkpoint, kind, settings, model)
         if history and not quiet:
