@@ -22,7 +22,7 @@ from utils.cost import macs
 from utils.data import ImageData
 from utils.files import write_json
 from utils.machine import describe_machine, pick_device
-from utils.pruning import plan_pruning
+from utils.pruning import PruningPlan, plan_pruning
 from utils.runs import Run, begin
 from utils.sources import load_data
 
@@ -53,14 +53,13 @@ def ways(profile: Profile) -> dict[str, dict]:
 
 
 def reached(
-    run: Run, data: ImageData, l1_lambda: float, network: VGG, dense: VGG, share: float | None
+    run: Run, data: ImageData, l1_lambda: float, network: VGG, dense: VGG, plan: PruningPlan | None
 ) -> dict:
     """The accuracy on the held-out images of what one way, the profile of `run`, makes of
-    `network`, and its cost; cut to that `share` of the MACs, if one is given."""
+    `network`, and its cost; cut by `plan`, if there is one, instead of by the profile's ratios."""
     profile = run.profile
     ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
-    if share:
-        plan = plan_pruning(network, macs=share, min_channels=profile.min_channels)
+    if plan:
         network, ratios = stages.cut_on(run, data, network, plan), ()
     for k, ratio in enumerate(ratios):
         if k > 0:
@@ -70,7 +69,7 @@ def reached(
     return {
         "accuracy (%)": tuned.history.test_accuracy[-1],
         "MACs (M)": macs(network) / 1e6,
-        "epochs after the first cut": (len(ratios[1:]) * profile.epochs + profile.finetune_epochs),
+        "epochs after the first cut": len(ratios[1:]) * profile.epochs + profile.finetune_epochs,
     }
 
 
@@ -105,12 +104,15 @@ def main() -> None:
             folder = re.sub(r"\W+", "_", f"{run.name} {way}")
             of_its_own = replace(run, profile=replace(run.profile, name=folder, **change))
             network = dense if way == UNPENALIZED else sparse
-            share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse) if way == SAME_MACS else None
-            try:
-                found = reached(of_its_own, held, l1_lambda, network, dense, share)
-            except ValueError as error:
-                print(f"{way}: left out, {error}")
-                continue
+            plan = None
+            if way == SAME_MACS:
+                share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse)
+                try:
+                    plan = plan_pruning(sparse, macs=share, min_channels=change["min_channels"])
+                except ValueError as error:
+                    print(f"{way}: left out, {error}")
+                    continue
+            found = reached(of_its_own, held, l1_lambda, network, dense, plan)
             rows.append({"way": way, "seed": seed, **found})
     print(f"{profile.name}, λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
     print(compare(pd.DataFrame(rows)).round(2).to_string())

@@ -23,6 +23,11 @@ def scale_cfg(cfg: list[int | str], width: float) -> list[int | str]:
     return [v if v == "M" else max(1, round(v * width)) for v in cfg]
 
 
+def most_prunable(cfg: list[int | str], min_channels: int) -> int:
+    """How many channels can go where each layer keeps `min_channels` (a narrower one all)."""
+    return sum(max(0, v - min_channels) for v in cfg if v != "M")
+
+
 def check_cfg(cfg: list[int | str]) -> None:
     """Raise ValueError unless `cfg` is a list of channel counts ≥ 1 and 'M'."""
     if not isinstance(cfg, list | tuple) or not any(v != "M" for v in cfg):

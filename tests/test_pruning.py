@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tiny import cfgs, network, seeds
 from torch import nn
 
-from models.vgg import VGG
+from models.vgg import VGG, most_prunable
 from utils import cost
-from utils.pruning import mask, most_prunable, plan_pruning, slim
+from utils.pruning import mask, plan_pruning, slim
 from utils.sparsity import bn_layers, scaling_factors
 
 ratios = st.floats(0, 1, exclude_max=True)

@@ -408,6 +408,20 @@ def test_a_network_from_elsewhere_is_fine_tuned_if_it_fits_the_images(tmp_path, 
         stages.from_elsewhere("gray.pth", DATA)
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(450, [200, 250]), (5200, [200] * 25)])
+def test_bn_is_recalibrated_on_the_first_batches_of_an_epoch_of_training(
+    count, sizes, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data, how = tiny_data(count=count), tiny_profile(seed=1)
+    found = stages.calibration(begin(how, data, "cpu", remember=False), data)
+    assert [len(labels) for _, labels in found] == sizes
+    options = {"seed": 1, "crop_padding": how.crop_padding, "flip": how.flip}
+    epoch = data.train_batches(200, epoch=0, **options)
+    for (x, y), (images, labels) in zip(found, epoch, strict=False):
+        assert torch.equal(x, images) and torch.equal(y, labels)
+
+
 @pytest.mark.parametrize("ratios", [None, [], [50, 90], [0.5, 1.0], [0.99]])
 def test_ladder_ratios_that_leave_no_ladder_are_named(ratios):
     with pytest.raises(ValueError, match="ladder_ratios"):

@@ -11,9 +11,8 @@ import torch
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
-from models.vgg import VGG_CFGS, scale_cfg
+from models.vgg import VGG_CFGS, most_prunable, scale_cfg
 from utils.files import typed_path
-from utils.pruning import most_prunable
 
 
 def _names_a_folder(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.vgg import VGG, shapes_only
+from models.vgg import VGG, most_prunable, shapes_only
 from utils import cost
 
 
@@ -60,11 +60,6 @@ def _number(field: str, value: object) -> float:
         return value
     hint = f"; did you mean {value / 100:g}?" if real and value > 1 and inside(value / 100) else ""
     raise ValueError(f"{field} = {value!r}: must be {words}{hint}")
-
-
-def most_prunable(cfg: list[int | str], min_channels: int) -> int:
-    """How many channels can go where each layer keeps `min_channels` (a narrower one all)."""
-    return sum(max(0, v - min_channels) for v in cfg if v != "M")
 
 
 def plan_pruning(
@@ -122,8 +117,8 @@ def _plan_by_macs(model: VGG, macs: float, floor: int) -> PruningPlan:
             left = cost.macs(VGG(by_ratio.cfg, num_classes=model.classifier.out_features))
         return replace(by_ratio, macs=macs, realised_macs=left / whole)
 
-    most = range(most_prunable(model.cfg, floor))
-    chosen = plan(bisect_left(most, True, key=lambda n: plan(n).realised_macs <= macs))
+    counts = range(most_prunable(model.cfg, floor))
+    chosen = plan(bisect_left(counts, True, key=lambda n: plan(n).realised_macs <= macs))
     if chosen.realised_macs > macs:
         least = f"min_channels = {floor} keeps {chosen.realised_macs:.3%} of the MACs"
         raise ValueError(f"macs = {macs}: {least}; raise the one or lower the other")

@@ -20,19 +20,17 @@ from utils.data import ImageData
 from utils.engine import fast_precision
 from utils.files import json_digest, write_json, write_whole
 from utils.machine import describe_machine
+from utils.resume import SETTINGS
 
 CUT = ("pruning_ratios", "min_channels")
 FINETUNE = (
     "multipass_ratios", "finetune_epochs", "finetune_lr", "finetune_schedule", "distillation",
 )  # fmt: skip
-SGD = (
-    "batch_size", "momentum", "nesterov", "weight_decay", "crop_padding", "flip", "seed",
-    "precision",
-)  # fmt: skip
+SHARED = [name for name in SETTINGS if f"finetune_{name}" not in FINETUNE]
 SHOWN = {
-    "training": ("depth", "width", "l1_lambdas", "epochs", "lr", "schedule", *SGD),
+    "training": ("depth", "width", "l1_lambdas", *SETTINGS, "precision"),
     "cut": ("l1_lambdas", "seed", *CUT),
-    "finetune": (*SGD, *FINETUNE),
+    "finetune": (*SHARED, "precision", *FINETUNE),
 }
 """The settings that each notebook uses."""
 WITHOUT_EFFECT = ("name", "data", "cuda_graph", "test_batch_size")

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from models.vgg import VGG
+from models.vgg import VGG, most_prunable
 from utils.checkpoint import Checkpoint, load, save
 from utils.compensation import slim_repaired
 from utils.config import Profile, is_ratio
 from utils.data import ImageData
 from utils.files import typed_path
-from utils.pruning import PruningPlan, most_prunable, plan_pruning
+from utils.pruning import PruningPlan, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
 from utils.sparsity import add_l1_subgradient, is_collapsed, reach, scaling_factors, swing
