@@ -103,7 +103,7 @@ def run_real(choose: str, copy: str, monkeypatch, *more: str) -> None:
     for _, bn in model.blocks():
         bn.weight.data[::2] *= -1
     data, profile = tiny_data(), tiny_profile(pruning_ratios=(0.5,), min_channels=1)
-    namespace |= {"model": model, "data": data, "run": SimpleNamespace(profile=profile)}
+    namespace |= {"sources": {0.5: model}, "data": data, "run": SimpleNamespace(profile=profile)}
     for source in (
         choose,
         copy,

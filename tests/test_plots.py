@@ -38,7 +38,9 @@ FIGURES = {
         {0.0: WIDE, 3e-4: NARROW, 0.07: COLLAPSED}, "CIFAR-Z"
     ),
     "sorted_gammas": lambda: plots.sorted_gammas(
-        np.array([0.4, -0.1, 0.2, -0.8]), {0.25: 0.15, 0.75: 0.6}, "CIFAR-Z"
+        {3e-4: np.array([0.4, -0.1, 0.2, -0.8]), 0.07: np.array([0.3, 0.1])},
+        {0.25: (3e-4, 0.15), 0.75: (0.07, 0.6)},
+        "CIFAR-Z",
     ),
     "kept_channels": lambda: plots.kept_channels(
         [4, 8, 8], {0.45: [3, 5, 3], 0.85: [1, 1, 1]}, "CIFAR-Z"
@@ -155,6 +157,8 @@ def test_gamma_distributions_share_an_axis_above_and_zoom_below():
     assert below[1].get_xlim()[1] < 1e-3 < 0.3 < below[0].get_xlim()[1]
     assert [sum(bar.get_height() for bar in ax.patches) for ax in above] == [4, 4, 4]
     assert [sum(bar.get_height() for bar in ax.patches) for ax in below] == [3, 4]
+    (only,) = [bar for bar in above[2].patches if bar.get_height()]  # of either sign: one bar at 0
+    assert only.get_x() + only.get_width() / 2 == pytest.approx(0)
 
 
 def test_a_few_huge_gammas_do_not_squeeze_the_shared_axis():
@@ -177,13 +181,17 @@ def test_gamma_distributions_of_untrained_and_of_dead_networks_can_be_drawn():
 
 def test_sorted_gammas_ascend_on_a_log_axis_and_name_each_threshold():
     (ax,) = FIGURES["sorted_gammas"]().axes
-    curve, *cuts = ax.get_lines()
+    curve, other, *cuts = ax.get_lines()
     assert list(curve.get_xdata()) == [25, 50, 75, 100]
     assert list(curve.get_ydata()) == [0.1, 0.2, 0.4, 0.8]
+    assert (list(other.get_xdata()), list(other.get_ydata())) == ([50, 100], [0.1, 0.3])
+    assert curve.get_linestyle() != other.get_linestyle()
     assert ax.get_yscale() == "log"
     assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
-        "25% pruned: threshold 0.15",
-        "75% pruned: threshold 0.6",
+        "λ = 0.0003",
+        "λ = 0.07",
+        "25% of λ = 0.0003: threshold 0.15",
+        "75% of λ = 0.07: threshold 0.6",
     ]
     vertical, horizontal, *_ = cuts
     assert list(vertical.get_xdata()) == [25, 25]

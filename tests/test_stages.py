@@ -191,6 +191,17 @@ def test_a_network_that_has_learned_loses_what_its_pruned_channels_hold():
     assert stages.choose(verdict) == 0.01
 
 
+def test_the_weakest_lambda_that_switched_off_enough_is_cut_or_else_the_one_that_loses_least():
+    def verdicts(**mass_cut):
+        return {float(k[1:]): stages.Verdict(True, v, "") for k, v in mass_cut.items()}
+
+    assert stages.choose(verdicts(_0=0.3, _1=0.01, _2=0.001)) == 1  # 2 has switched off too much
+    assert stages.choose(verdicts(_0=0.3, _1=0.011, _2=0.001)) == 2
+    assert stages.choose(verdicts(_0=0.3, _1=0.2, _2=0.1)) == 2  # none switched off enough
+    useless = {0.5: stages.Verdict(False, 0.0, "collapsed")}
+    assert stages.choose(useless | verdicts(_1=0.001, _2=0.0)) == 1
+
+
 def test_collapsed_is_what_only_swings_about_zero():
     # lr·λ/(1 − momentum) = 0.2: |γ| up to 0.5 says nothing but that λ is strong.
     swinging = [0.3, -0.1, 0.5, -0.02]
@@ -278,10 +289,11 @@ def test_a_cut_of_another_network_is_named(run):
     assert "slim_0.3.pt was cut from another network than the run has now" in slim_error(run)
 
 
-def test_cuts_of_different_lambdas_are_named(run):
+def test_each_ratio_may_be_cut_from_another_lambda(run):
     networks = stages.trained_networks(run, DATA)
     cut_all(dataclasses.replace(run, profile=profile(pruning_ratios=(0.3,))), networks, 0.0)
-    assert "cut from different λ" in slim_error(run)
+    found = stages.slim_networks(run, DATA, networks)
+    assert [c.settings["l1_lambda"] for c in found.values()] == [0.0, 0.02]
 
 
 def test_a_slim_file_from_elsewhere_is_named(run):

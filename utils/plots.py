@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 TRAIN, TEST, SPARSITY = "tab:blue", "tab:green", "tab:orange"
+LINES = ("-", "-.", ":")
 
 
 def save(figure: Figure, path: Path) -> Figure:
@@ -77,7 +78,10 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
     # A few huge γ, as a collapsed network can have, must not squeeze all others into one bar.
     bulk = max(min(np.abs(g).max(), 4 * np.quantile(np.abs(g), 0.975)) for g in gammas.values())
     low = max(min(g.min() for g in gammas.values()), -bulk)
-    shared = np.linspace(low, min(max(g.max() for g in gammas.values()), bulk), 61)
+    high = min(max(g.max() for g in gammas.values()), bulk)
+    step = (high - low) / 60 or 1 / 60
+    # Zero lies in the middle of a bar, not at the side of one.
+    shared = (np.arange(np.floor(low / step), np.ceil(high / step) + 2) - 0.5) * step
     for column, (l1_lambda, gamma) in enumerate(gammas.items()):
         top, bottom = axes[0][column], axes[1][column]
         top.hist(gamma.clip(shared[0], shared[-1]), bins=shared, color=TRAIN)
@@ -96,7 +100,7 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
             continue
         reach = min(reach, float(np.abs(gamma).max())) or 1e-12
         zoomed = gamma[np.abs(gamma) <= reach]
-        bottom.hist(zoomed, bins=np.linspace(-reach, reach, 61), color=SPARSITY)
+        bottom.hist(zoomed, bins=np.linspace(-reach, reach, 62), color=SPARSITY)
         bottom.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
         bottom.set(
             title=f"λ = {l1_lambda:g}, zoomed: {len(zoomed) / len(gamma):.0%} of the channels",
@@ -109,21 +113,26 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
     return figure
 
 
-def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: str) -> Figure:
-    """|γ| of all channels in ascending order, with the threshold of each pruning ratio."""
+def sorted_gammas(
+    gammas: Mapping[float, np.ndarray], cuts: Mapping[float, tuple[float, float]], title: str
+) -> Figure:
+    """|γ| of all channels in ascending order for each λ. `cuts`: for each pruning ratio the λ whose
+    network is cut, and the threshold."""
     figure, axes = panels(1, width=7.5, height=3.8)
     ax = axes[0][0]
-    ordered = np.sort(np.abs(gammas))
-    ax.plot(np.arange(1, len(ordered) + 1) / len(ordered) * 100, ordered, color="black")
-    for (ratio, threshold), color in zip(
-        thresholds.items(), itertools.cycle(plt.cm.tab10.colors[1:]), strict=False
+    for (l1_lambda, gamma), style in zip(gammas.items(), itertools.cycle(LINES), strict=False):
+        ordered = np.sort(np.abs(gamma))
+        percent = np.arange(1, len(ordered) + 1) / len(ordered) * 100
+        ax.plot(percent, ordered, color="black", linestyle=style, label=f"λ = {l1_lambda:g}")
+    for (ratio, (l1_lambda, threshold)), color in zip(
+        cuts.items(), itertools.cycle(plt.cm.tab10.colors[1:]), strict=False
     ):
         ax.axvline(100 * ratio, color=color, linewidth=1)
         ax.axhline(
             threshold,
             color=color,
             linestyle="--",
-            label=f"{100 * ratio:g}% pruned: threshold {threshold:.2g}",
+            label=f"{100 * ratio:g}% of λ = {l1_lambda:g}: threshold {threshold:.2g}",
         )
     ax.set(
         yscale="log",
@@ -132,6 +141,7 @@ def sorted_gammas(gammas: np.ndarray, thresholds: Mapping[float, float], title: 
         title=title,
         xlim=(0, 100),
     )
+    ax.set_ylim(bottom=max(ax.get_ylim()[0], 1e-6))  # what is smaller is off all the same
     ax.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -266,7 +276,7 @@ def accuracy_against_latency(points: Sequence[Mapping[str, object]], data: str) 
         ax.plot([], [], color="black", marker=marker, linestyle="none", label=name)
     ax.set(
         xscale="log",
-        xlabel="latency of one image (ms, log scale; line: the IQR)",
+        xlabel="latency of one image (ms, log scale; line: as wide as the IQR)",
         ylabel="test accuracy (%)",
         title=f"What pruning, the runtime and 8 bits bring: {data}",
     )
@@ -304,5 +314,5 @@ def summary(table: Sequence[Mapping[str, object]], data: str) -> Figure:
         axes[0][0].plot(*zip(*raw, strict=True), linestyle="none", label="raw cut", **marks)
         figure.legend(loc="outside lower center")
     axes[0][0].invert_yaxis()
-    figure.suptitle(f"Every network of the lab: {data}")
+    figure.suptitle(f"Every network of the lab: {data} (latency: eager float32)")
     return figure

@@ -138,7 +138,8 @@ def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
             for r in trained.get("runs", [])
         ],
         "cuts": [
-            {"pruned": f"{100 * c['pruning_ratio']:g}%"} | {name: c[name] for name in rungs}
+            {"pruned": f"{100 * c['pruning_ratio']:g}%", "λ": c["l1_lambda"]}
+            | {name: c[name] for name in rungs}
             for c in cut.get("cuts", [])
         ],
         "networks": [

@@ -27,6 +27,8 @@ from utils.training import fit
 
 LEARNED = 0.8
 """A network is worth cutting if it gained this share of the best one's gain over guessing."""
+SPARE = 0.01
+"""A cut that takes no more than this share of Σ|γ| takes channels that are as good as off."""
 
 
 class Trained(NamedTuple):
@@ -139,7 +141,8 @@ def judge(
 
 
 def choose(verdicts: Mapping[float, Verdict], l1_lambda: float | None = None) -> float:
-    """The λ whose network loses least of Σ|γ| among those that work; or `l1_lambda`, if given.
+    """The weakest λ that switched off what a cut takes, since a stronger one switches off more and
+    costs accuracy; if none did, the one that loses least of Σ|γ|. Or `l1_lambda`, if given.
 
     Raises RunError if none works, ValueError for a λ that was not trained.
     """
@@ -152,7 +155,8 @@ def choose(verdicts: Mapping[float, Verdict], l1_lambda: float | None = None) ->
     if not working:
         why = "; ".join(f"λ = {k:g} {v.reason}" for k, v in verdicts.items())
         raise RunError(f"no network is worth cutting: {why}")
-    return min(working, key=working.get)
+    enough = [k for k, mass_cut in working.items() if mass_cut <= SPARE]
+    return min(enough) if enough else min(working, key=working.get)
 
 
 def feasible(ratios: Iterable[float], cfg: list[int | str], min_channels: int) -> list[float]:
@@ -224,8 +228,6 @@ def slim_networks(
         for name, value in (("pruning_ratio", ratio), ("min_channels", run.profile.min_channels)):
             if said(name) != value:
                 wrong.append(f"{file} was cut with {name} = {said(name)}, the run has {value}")
-    if len({c.settings.get("l1_lambda") for c in found.values()}) > 1:
-        wrong.append("the slim networks were cut from different λ")
     if wrong:
         raise RunError(f"the run {run.name}: {'; '.join(wrong)}. Run vggprune.ipynb")
     return found
