@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,10 @@ def judged(networks: dict, data: ImageData = DATA, **changes) -> dict[float, sta
     return stages.judge(run, data, networks, 0.5)
 
 
+def choose(networks: dict, l1_lambda: float | None = None) -> stages.Choice:
+    return stages.choose(Run(profile(min_channels=1), {}), DATA, networks, 0.5, l1_lambda)
+
+
 GOOD = network([0.5, 0.001], 0.001, 90.0)
 
 
@@ -188,18 +193,29 @@ def test_a_network_that_has_learned_loses_what_its_pruned_channels_hold():
     assert verdict[0.01].mass_cut == pytest.approx(sum(gammas[:6]) / sum(gammas))
     assert f"{verdict[0.01].mass_cut:.2%} of Σ|γ|" in verdict[0.01].reason
     assert verdict[0.0].mass_cut == pytest.approx(0.5)
-    assert stages.choose(verdict) == 0.01
+    assert choose({0.0: network(0.5, 0.001, 91.0), 0.01: GOOD}).l1_lambda == 0.01
 
 
-def test_the_weakest_lambda_that_switched_off_enough_is_cut_or_else_the_one_that_loses_least():
-    def verdicts(**mass_cut):
-        return {float(k[1:]): stages.Verdict(True, v, "") for k, v in mass_cut.items()}
+@pytest.mark.parametrize(
+    ("left", "chosen"),
+    [
+        ({0.01: 85.0, 0.02: 89.0}, 0.01),  # the stronger one has paid for what the cut doesn't need
+        ({0.01: 60.0, 0.02: 89.0}, 0.02),
+        ({0.01: 60.0, 0.02: 50.0}, 0.02),  # none works: it loses least of Σ|γ|
+    ],
+)
+def test_the_weakest_penalty_that_works_once_cut_and_repaired_is_cut(left, chosen, monkeypatch):
+    networks = {0.0: network(0.5, 0.001, 90.0), 0.01: network(0.5, 0.001, 89.0), 0.02: GOOD}
+    found = [SimpleNamespace(accuracy=accuracy) for accuracy in left.values()]
+    monkeypatch.setattr(stages, "evaluate", lambda *_: found.pop(0))
+    choice = choose(networks)
+    assert choice.l1_lambda == chosen and not found
+    for l1_lambda, accuracy in left.items():
+        assert f"cut and repaired it has {accuracy:.2f} %" in choice.verdicts[l1_lambda].reason
 
-    assert stages.choose(verdicts(_0=0.3, _1=0.01, _2=0.001)) == 1  # 2 has switched off too much
-    assert stages.choose(verdicts(_0=0.3, _1=0.011, _2=0.001)) == 2
-    assert stages.choose(verdicts(_0=0.3, _1=0.2, _2=0.1)) == 2  # none switched off enough
-    useless = {0.5: stages.Verdict(False, 0.0, "collapsed")}
-    assert stages.choose(useless | verdicts(_1=0.001, _2=0.0)) == 1
+
+def test_without_another_that_works_the_network_without_a_penalty_is_cut():
+    assert choose({0.0: GOOD, 0.2: network(0.001, 0.001, 40.0)}).l1_lambda == 0.0
 
 
 def test_collapsed_is_what_only_swings_about_zero():
@@ -233,19 +249,19 @@ def test_without_a_penalty_it_is_not_the_penalty_that_is_blamed(gamma):
     (verdict,) = judged({0.0: network(gamma, 0.1, 20.0)}).values()
     assert not verdict.works and "learned nothing" in verdict.reason
     with pytest.raises(RunError) as caught:
-        stages.choose({0.0: verdict})
+        choose({0.0: network(gamma, 0.1, 20.0)})
     assert "λ = 0 has learned nothing" in str(caught.value)
     assert "strong" not in str(caught.value) and "collapsed" not in str(caught.value)
 
 
 def test_a_lambda_by_hand_is_taken_and_the_verdict_on_it_stays():
-    verdicts = judged({0.0: GOOD, 0.2: network(0.001, 0.001, 40.0)})
-    assert stages.choose(verdicts) == 0.0
-    assert stages.choose(verdicts, 0.2) == 0.2 and "collapsed" in verdicts[0.2].reason
-    assert stages.choose(verdicts, 0) == 0
+    networks = {0.0: GOOD, 0.2: network(0.001, 0.001, 40.0)}
+    by_hand = choose(networks, 0.2)
+    assert by_hand.l1_lambda == 0.2 and "collapsed" in by_hand.verdicts[0.2].reason
+    assert choose(networks, 0).l1_lambda == 0
     for wrong in (0.05, "0.2"):
         with pytest.raises(ValueError, match=rf"l1_lambda = {wrong!r}: trained are 0, 0\.2"):
-            stages.choose(verdicts, wrong)
+            choose(networks, wrong)
 
 
 # --- cutting -------------------------------------------------------------------------------------

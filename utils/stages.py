@@ -23,12 +23,10 @@ from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
 from utils.sparsity import add_l1_subgradient, is_collapsed, reach, scaling_factors, swing
 from utils.step import Penalty
-from utils.training import fit
+from utils.training import evaluate, fit
 
 LEARNED = 0.8
-"""A network is worth cutting if it gained this share of the best one's gain over guessing."""
-SPARE = 0.01
-"""A cut that takes no more than this share of Σ|γ| takes channels that are as good as off."""
+"""A network is worth going on with if it has this share of the best one's gain over guessing."""
 
 
 class Trained(NamedTuple):
@@ -45,6 +43,13 @@ class Verdict(NamedTuple):
     mass_cut: float
     """Share of Σ|γ| that would go."""
     reason: str
+
+
+class Choice(NamedTuple):
+    """Which network to cut by a ratio, and what speaks for and against each."""
+
+    l1_lambda: float
+    verdicts: dict[float, Verdict]
 
 
 def train(
@@ -117,46 +122,81 @@ def judge(
     Collapsed is a network whose γ are all near zero, as near as they swing when λ pulls at them.
     One that is no better than always naming the most frequent class has learned nothing.
     """
-    guessing = 100 * data.train_labels.bincount().max().item() / len(data.train_labels)
-    gains = {k: n.history.train_accuracy[-1] - guessing for k, n in networks.items()}
-    best = max(gains.values())
+    guessing, needed = _guessing(data), _needed(data, networks)
     verdicts = {}
     for l1_lambda, (model, history) in networks.items():
         plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
         gammas, works = scaling_factors(model), False
-        accuracy = f"{history.train_accuracy[-1]:.2f} % on the training images"
+        accuracy, said = history.train_accuracy[-1], "on the training images"
         swung = swing(history.lr[-1], l1_lambda, run.profile.momentum)
         if l1_lambda > 0 and is_collapsed(gammas, swung):
             on = reach(swung)
             alive = 100 * (gammas >= on).double().mean()
             reason = f"collapsed: |γ| ≥ {on:g} in {alive:.1f} % of the channels; λ is too strong"
-        elif gains[l1_lambda] <= 0:
-            reason = f"has learned nothing: {accuracy}, guessing has {guessing:.2f} %"
-        elif gains[l1_lambda] < LEARNED * best:
-            reason = f"has learned much less than the best: {accuracy}"
+        elif accuracy <= guessing:
+            reason = f"has learned nothing: {accuracy:.2f} % {said}, guessing has {guessing:.2f} %"
+        elif accuracy < needed:
+            reason = f"has learned much less than the best: {accuracy:.2f} % {said}"
         else:
             works, reason = True, f"the channels to go hold {plan.mass_cut:.2%} of Σ|γ|"
         verdicts[l1_lambda] = Verdict(works, plan.mass_cut, reason)
     return verdicts
 
 
-def choose(verdicts: Mapping[float, Verdict], l1_lambda: float | None = None) -> float:
-    """The weakest λ that switched off what a cut takes, since a stronger one switches off more and
-    costs accuracy; if none did, the one that loses least of Σ|γ|. Or `l1_lambda`, if given.
+def choose(
+    run: Run,
+    data: ImageData,
+    networks: Mapping[float, Trained],
+    ratio: float,
+    l1_lambda: float | None = None,
+) -> Choice:
+    """The network to cut by `ratio`: that of the weakest penalty which still works when it is cut
+    and repaired, for a stronger one costs accuracy; if none does, the one that loses least of
+    Σ|γ|. λ = 0, which the others are compared with, only where nothing else works. `l1_lambda`
+    chooses by hand.
 
-    Raises RunError if none works, ValueError for a λ that was not trained.
+    "Works" is judged on training images. Raises RunError if no network is worth cutting,
+    ValueError for an `l1_lambda` that was not trained.
     """
+    verdicts = judge(run, data, networks, ratio)
     if l1_lambda is not None:
         if l1_lambda not in verdicts:
             trained = ", ".join(f"{k:g}" for k in verdicts)
             raise ValueError(f"l1_lambda = {l1_lambda!r}: trained are {trained}")
-        return l1_lambda
-    working = {k: v.mass_cut for k, v in verdicts.items() if v.works}
+        return Choice(l1_lambda, verdicts)
+    working = [k for k, verdict in verdicts.items() if verdict.works]
+    working = [k for k in working if k > 0] or working
     if not working:
-        why = "; ".join(f"λ = {k:g} {v.reason}" for k, v in verdicts.items())
+        why = "; ".join(f"λ = {k:g} {verdict.reason}" for k, verdict in verdicts.items())
         raise RunError(f"no network is worth cutting: {why}")
-    enough = [k for k, mass_cut in working.items() if mass_cut <= SPARE]
-    return min(enough) if enough else min(working, key=working.get)
+    needed, survive = _needed(data, networks), []
+    for k in working:
+        model, verdict = networks[k].model, verdicts[k]
+        plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
+        slimmed = slim_repaired(model, plan, calibration(run, data))
+        left = evaluate(slimmed, judging_batches(data)).accuracy
+        survive += [k] if left >= needed else []
+        said = f"{verdict.reason}; cut and repaired it has {left:.2f} % ({needed:.2f} needed)"
+        verdicts[k] = verdict._replace(reason=said)
+    chosen = min(survive) if survive else min(working, key=lambda k: verdicts[k].mass_cut)
+    return Choice(chosen, verdicts)
+
+
+def judging_batches(data: ImageData) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """A tenth of the training images, on which cuts are compared: test images choose nothing."""
+    return data.hold_out(len(data.train_labels) // 10).plain_batches("test", 1000)
+
+
+def _guessing(data: ImageData) -> float:
+    """Accuracy in % of always naming the most frequent class."""
+    return 100 * data.train_labels.bincount().max().item() / len(data.train_labels)
+
+
+def _needed(data: ImageData, networks: Mapping[float, Trained]) -> float:
+    """Accuracy in % on training images, above which a network is worth going on with."""
+    guessing = _guessing(data)
+    best = max(network.history.train_accuracy[-1] for network in networks.values())
+    return guessing + LEARNED * (best - guessing)
 
 
 def feasible(ratios: Iterable[float], cfg: list[int | str], min_channels: int) -> list[float]:
