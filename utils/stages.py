@@ -170,11 +170,11 @@ def choose(
         why = "; ".join(f"λ = {k:g} {verdict.reason}" for k, verdict in verdicts.items())
         raise RunError(f"no network is worth cutting: {why}")
     needed, survive = _needed(data, networks), []
+    batches, judges = calibration(run, data), list(judging_batches(data))
     for k in working:
         model, verdict = networks[k].model, verdicts[k]
         plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
-        slimmed = slim_repaired(model, plan, calibration(run, data))
-        left = evaluate(slimmed, judging_batches(data)).accuracy
+        left = evaluate(slim_repaired(model, plan, batches), judges).accuracy
         survive += [k] if left >= needed else []
         said = f"{verdict.reason}; cut and repaired it has {left:.2f} % ({needed:.2f} needed)"
         verdicts[k] = verdict._replace(reason=said)
