@@ -100,7 +100,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each network and form")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/latency_cpu.json"))
+    parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(1)
@@ -118,7 +118,8 @@ def main() -> None:
         "rounds": options.rounds,
         "latency": rows,
     }
-    write_json(options.out, report)
+    if options.out:
+        write_json(options.out, report)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--precision", default="bfloat16", help="to hold against float32")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/parity_<profile>.json")
+    parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     options = parser.parse_args()
 
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be exact here, on a GPU too
@@ -60,8 +60,8 @@ def main() -> None:
     print(f"{profile.name}, λ = {profile.l1_lambdas[1]:g}, {options.seeds} seeds, {data.name}")
     print(compare(pd.DataFrame(rows).drop(columns="seed")).round(3).to_string())
     report = {"machine": describe_machine(device), "profile": profile.name, "data": data.name}
-    out = options.out or Path(f"benchmarks/parity_{profile.name}.json")
-    write_json(out, report | {"runs": rows})
+    if options.out:
+        write_json(options.out, report | {"runs": rows})
 
 
 if __name__ == "__main__":

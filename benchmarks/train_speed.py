@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--profile", default="cifar10", help="whose network and batch size")
     parser.add_argument("--steps", type=int, default=6, help="steps a turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/train_speed_<engine>.json")
+    parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     options = parser.parse_args()
 
     device, profile = pick_device(), get_profile(options.profile)
@@ -304,8 +304,8 @@ def main() -> None:
         "machine": machine, "engine": str(engine), "profile": profile.name, "training": rows,
         "slim": slims, **figures,
     }  # fmt: skip
-    out = options.out or Path(f"benchmarks/train_speed_{engine.device}_{engine.precision}.json")
-    write_json(out, report)
+    if options.out:
+        write_json(options.out, report)
 
 
 if __name__ == "__main__":

@@ -36,19 +36,20 @@ def ways(profile: Profile) -> dict[str, dict]:
     instead of by channels, so that what a higher floor keeps is not taken from other layers.)"""
     once: dict = {"multipass_ratios": ()}
     hardest, epochs = max(profile.pruning_ratios), profile.finetune_epochs
-    floor = profile.min_channels
+    floor, (first, second) = profile.min_channels, (round(s * hardest, 2) for s in (0.78, 0.92))
+    half = {f"a floor of {floor // 2}": once | {"min_channels": floor // 2}} if floor > 1 else {}
     return {
         BASE: once,
         SAME_MACS: once | {"min_channels": 2 * floor},  # right after it: those MACs
         f"a floor of {2 * floor}": once | {"min_channels": 2 * floor},
-        f"a floor of {floor // 2}": once | {"min_channels": floor // 2},
+        **half,
         "no crop": once | {"crop_padding": 0},
         "schedule: step, lr 0.1": once | {"finetune_schedule": "step", "finetune_lr": 0.1},
         "distillation 0.5": once | {"distillation": 0.5},
         f"{3 * epochs} epochs": once | {"finetune_epochs": 3 * epochs},
         UNPENALIZED: once,
-        "two passes": {"multipass_ratios": (0.7, hardest)},
-        "three passes": {"multipass_ratios": (0.7, 0.83, hardest)},
+        "two passes": {"multipass_ratios": (first, hardest)},
+        "three passes": {"multipass_ratios": (first, second, hardest)},
     }
 
 
@@ -57,19 +58,18 @@ def reached(
 ) -> dict:
     """The accuracy on the held-out images of what one way, the profile of `run`, makes of
     `network`, and its cost; cut by `plan`, if there is one, instead of by the profile's ratios."""
-    profile = run.profile
-    ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
+    profile, passes = run.profile, len(run.profile.multipass_ratios)
     if plan:
-        network, ratios = stages.cut_on(run, data, network, plan), ()
-    for k, ratio in enumerate(ratios):
-        if k > 0:
-            network = stages.train_again(run, data, network, l1_lambda, f"pass {k}").model
-        network = stages.cut_to(run, data, network, ratio)
+        network = stages.cut_on(run, data, network, plan)
+    elif passes:
+        *_, (_, network, _) = stages.in_passes(run, data, network, l1_lambda)
+    else:
+        network = stages.cut_to(run, data, network, max(profile.pruning_ratios))
     tuned = stages.finetune(run, data, network, teacher=dense, label=run.name, quiet=True)
     return {
         "accuracy (%)": tuned.history.test_accuracy[-1],
         "MACs (M)": macs(network) / 1e6,
-        "epochs after the first cut": len(ratios[1:]) * profile.epochs + profile.finetune_epochs,
+        "epochs after the first cut": max(0, passes - 1) * profile.epochs + profile.finetune_epochs,
     }
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--l1-lambda", type=float, help="default: the profile's second")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/trials_<profile>.json")
+    parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     given = parser.parse_args()
     profile, device = get_profile(given.profile), pick_device()
     l1_lambda = profile.l1_lambdas[1] if given.l1_lambda is None else given.l1_lambda
@@ -117,8 +117,8 @@ def main() -> None:
     print(f"{profile.name}, λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
     print(compare(pd.DataFrame(rows)).round(2).to_string())
     report = {"machine": describe_machine(device), "profile": profile.name, "data": held.name}
-    out = given.out or Path(f"benchmarks/trials_{profile.name}.json")
-    write_json(out, report | {"runs": rows})
+    if given.out:
+        write_json(given.out, report | {"runs": rows})
 
 
 if __name__ == "__main__":

@@ -23,14 +23,24 @@ def scale_cfg(cfg: list[int | str], width: float) -> list[int | str]:
     return [v if v == "M" else max(1, round(v * width)) for v in cfg]
 
 
+def widths(cfg: list[int | str]) -> list[int]:
+    """The output channels of each convolution, in forward order."""
+    return [v for v in cfg if v != "M"]
+
+
+def num_pruned(cfg: list[int | str], pruning_ratio: float) -> int:
+    """How many of its n channels a cut by `pruning_ratio` takes: round(n·pruning_ratio)."""
+    return round(sum(widths(cfg)) * pruning_ratio)
+
+
 def most_prunable(cfg: list[int | str], min_channels: int) -> int:
-    """How many channels can go where each layer keeps `min_channels` (a narrower one all)."""
-    return sum(max(0, v - min_channels) for v in cfg if v != "M")
+    """How many channels can go where each layer keeps `min_channels` (one with fewer all)."""
+    return sum(max(0, v - min_channels) for v in widths(cfg))
 
 
 def check_cfg(cfg: list[int | str]) -> None:
     """Raise ValueError unless `cfg` is a list of channel counts ≥ 1 and 'M'."""
-    if not isinstance(cfg, list | tuple) or not any(v != "M" for v in cfg):
+    if not isinstance(cfg, list | tuple) or not widths(cfg):
         raise ValueError(f"cfg = {cfg!r}: must be a list of channel counts and 'M'")
     for v in cfg:
         if v != "M" and (not isinstance(v, int) or isinstance(v, bool) or v < 1):

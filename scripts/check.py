@@ -68,7 +68,9 @@ def _look_into(path: Path) -> HandIn:
         run, results, problems = inspect(files)
         hand_in.problems += problems
         hand_in.run = f"{run.id} begun {run.began}" if run else ""
-        hand_in.claims = _claims(results) if results else ""
+        if results:
+            hand_in.claims = _claims(results)
+            hand_in.problems += [f"not in its run: {what}" for what in results.lacks()]
     return hand_in
 
 

@@ -51,6 +51,8 @@ def hand_in(student: str, name: str, *, language: str = "en", root: Path = ROOT)
         listed = "\n- ".join([*problems, *wrong])
         sys.exit(f"Not handed in. `make lab` makes a whole run; run {name} has:\n- {listed}")
 
+    if lacks := results.lacks():
+        print(f"Mind what the course asks for and run {name} does not have: {', '.join(lacks)}")
     sections = own_text(figures / "report.md", results, language)
     for title, text in sections:
         if not text:
@@ -65,14 +67,15 @@ def hand_in(student: str, name: str, *, language: str = "en", root: Path = ROOT)
 
 
 def _source(root: Path, name: str, file: str) -> Path:
-    """Where a file of run `name` lies; a notebook that was opened by hand lies in the root."""
+    """Where a file of run `name` lies; of a notebook, which lies in the root if it was opened by
+    hand, the copy that was run last."""
     if file == "run.json":
         return root / "checkpoints" / name / file
-    by_hand = root / file
-    shows = f"Run {name} · id"
-    if by_hand.exists() and shows in by_hand.read_text("utf-8").replace("\\u00b7", "·"):
-        return by_hand
-    return root / "figures" / name / file
+    by_hand, by_make = root / file, root / "figures" / name / file
+    shown = by_hand.exists() and by_hand.read_text("utf-8").replace("\\u00b7", "·")
+    if not shown or f"Run {name} · id" not in shown:
+        return by_make
+    return max(by_make, by_hand, key=lambda p: p.exists() and p.stat().st_mtime)
 
 
 def _gammas(folder: Path, results: Results) -> tuple[dict[float, np.ndarray], list[str]]:

@@ -53,7 +53,7 @@ def plan(
         pruning_ratios=sorted(grid[1] if ratios is None else ratios),
     )
     if 0 in base.pruning_ratios:
-        raise ValueError("ratios: 0 is the trained network, which is in the table anyway")
+        raise ValueError("ratios: 0 is the trained network, in the table anyway; leave it out")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds = {list(seeds)}: must be one or more, all different")
     return [replace(base, seed=s, name=f"{base.name}_sweep_seed_{s}") for s in sorted(seeds)]

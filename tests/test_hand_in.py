@@ -157,10 +157,31 @@ def test_report_says_the_numbers_the_widths_and_the_own_words(good):
     text = text_of(good)
     assert "Test set: Average loss: 0.2777, Accuracy: 9261/10000 (92.6%)" in text
     assert "Test set: Average loss: 0.2777, Accuracy: 8642/10000 (86.4%)" in text
-    assert text.count("10.00 % is what guessing among 10 classes gives") == 2
+    assert text.count("Guessing among 10 classes gives about 10 %") == 2
     assert "Conv2d(3, 2, kernel_size=(3, 3)" in text
     assert "The sign was forgotten." in text and "not shown" not in text
     assert text.count("Not written yet.") == 4
+
+
+def test_what_the_course_asks_for_and_the_run_lacks_is_said(lab, capsys):
+    numbers = results()
+    numbers["sparsity_train"] |= {"data": "digits", "runs": numbers["sparsity_train"]["runs"][::2]}
+    (lab / "figures" / "demo" / "results.json").write_text(json.dumps(numbers), "utf-8")
+    [row] = check([hand_in("RE6121011", "demo", root=lab)])
+    lacking = ("CIFAR-10 (its images: digits)", "λ = 0.0001")
+    assert f"run demo does not have: {', '.join(lacking)}\n" in capsys.readouterr().out
+    assert row.problems == [f"not in its run: {what}" for what in lacking]
+
+
+def test_of_two_copies_of_a_notebook_the_one_that_was_run_last_is_packed(lab):
+    name = NOTEBOOKS[0]
+    by_hand, by_make = lab / name, lab / "figures" / "demo" / name
+    by_hand.write_text(notebook((1, 2, 3)), "utf-8")  # as in a fresh clone: of the same name
+    for older, newer in ((by_hand, by_make), (by_make, by_hand)):
+        os.utime(older, (1e9, 1e9))
+        os.utime(newer, (2e9, 2e9))
+        packed = zipfile.ZipFile(hand_in("RE6121011", "demo", root=lab))
+        assert packed.read(name) == newer.read_bytes()
 
 
 def test_same_input_same_bytes(good):

@@ -118,8 +118,7 @@ def test_formulas_are_not_escaped_twice(name):
 
 
 def test_all_notebooks_begin_with_the_same_setup():
-    (cell,) = {code_cells(ROOT / f"{name}.ipynb")[0].source for name in NOTEBOOKS}
-    assert len([line for line in cell.splitlines() if line]) <= 8
+    assert len({code_cells(ROOT / f"{name}.ipynb")[0].source for name in NOTEBOOKS}) == 1
 
 
 def find_the_lab() -> list[Path]:
@@ -146,10 +145,18 @@ def test_a_notebook_finds_the_lab_it_lies_in_or_says_where_to_put_it(tmp_path, m
 PAGES = ("README.md", "benchmarks/README.md", "tests/README.md", "docs/beside_the_report.md")
 
 
+def skip_if_run_again(folder: str) -> None:
+    """`make lab PROFILE=laptop` by a user writes where the published run's figures lie."""
+    if [*ROOT.glob(f"checkpoints/{Path(folder).name}*/run.json")]:
+        pytest.skip(f"{folder} is of a run made here, no longer the published one")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_quoted_tables_are_those_of_the_recorded_runs(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = Path(page).read_text("utf-8")
+    for folder in re.findall(r"<!-- python -m \S+ (figures/\S+)", text):
+        skip_if_run_again(folder)
     assert refresh(text) == text  # else: python -m utils.results PAGE
 
 
@@ -226,6 +233,7 @@ def test_a_committed_notebook_shows_the_run_that_is_recorded_beside_its_pictures
         pytest.skip("committed without outputs")
     printed = "".join(output.get("text", "") for output in outputs)
     folder = re.search(r"Saved: (figures/\S+)/\*\.png", printed).group(1)
+    skip_if_run_again(folder)
     recorded = read(ROOT / folder)[name]
     assert ", ".join(f"{k} {v}" for k, v in recorded["machine"].items()) in printed
     for accuracy in ACCURACIES[name](recorded):

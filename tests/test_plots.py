@@ -147,8 +147,8 @@ def test_gamma_distributions_share_an_axis_above_and_zoom_below():
     assert not unzoomed.patches and "few γ are small" in unzoomed.texts[0].get_text()
     # Zoom: 4 × the median of |γ|, which leaves out the 4.0 of the first network.
     assert "λ = 0.0003" in below[0].get_title()
-    assert "75% of the channels" in below[0].get_title()
-    assert "100% of the channels" in below[1].get_title()
+    assert "75% have |γ| ≤ 1e+00" in below[0].get_title()
+    assert "100% have" in below[1].get_title()
 
     assert above[0].get_xlim() == above[1].get_xlim() == above[2].get_xlim()
     assert above[0].get_ylim() == above[1].get_ylim() == above[2].get_ylim()
@@ -209,7 +209,8 @@ def test_kept_channels_show_each_layer_before_and_after_with_the_totals_in_the_t
     assert [bar.get_height() for bar in dense] == [4, 8, 8]
     assert [bar.get_height() for bar in kept] == [3, 5, 3]
     assert [text.get_text() for text in first.texts] == ["3", "5", "3"]
-    assert [text.get_text() for text in first.get_legend().get_texts()] == ["dense", "kept"]
+    legend = [text.get_text() for text in first.get_legend().get_texts()]
+    assert legend == ["before the cut", "kept"]
     assert shared([first, second], "y")
 
 
@@ -239,7 +240,7 @@ def test_finetuning_curves_start_right_after_the_cut_and_name_the_final_accuracy
     figure = FIGURES["finetuning_curves"]()
     first, second = figure.axes
     assert titles(figure) == ["A: 61.25 %", "B: 12.50 %"]
-    after_cut = "test (0: before)"
+    after_cut = "test (epoch 0: before)"
     assert points(first, after_cut) == ([0, 1, 2, 3], [33.0, *HISTORY["test_accuracy"]])
     assert points(second, after_cut) == ([0, 1, 2, 3], [9.0, *WORSE["test_accuracy"]])
     assert points(first, "training") == ([1, 2, 3], HISTORY["train_accuracy"])

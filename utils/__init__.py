@@ -1,7 +1,7 @@
 """What the notebooks share.
 
 the method     sparsity, pruning, compensation
-its steps      stages: what notebooks, tests and sweeps call
+its steps      choosing, stages: what notebooks, tests and sweeps call
 training       step, training, engine
 images         data, sources, prepare
 the run        config, runs, resume, checkpoint, archive, foreign, files, results

@@ -127,8 +127,8 @@ def plain(value: object) -> object:
 
 
 def odd_types_in(value: object) -> set[type]:
-    """The types of all that is nested in `value` and no plain value; what is there twice is looked
-    at once."""
+    """The types of all that is nested in `value` and no plain value; each object is looked at
+    only once."""
     odd, seen, waiting = set(), set(), [value]
     while waiting:
         value = waiting.pop()

@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
-from models.vgg import VGG_CFGS, most_prunable, scale_cfg
+from models.vgg import VGG_CFGS, most_prunable, num_pruned, scale_cfg, widths
 from utils.files import typed_path
 
 
@@ -149,12 +149,12 @@ class Profile:
         before = fields_before.data
         if {"depth", "width", "pruning_ratios"} <= before.keys():
             cfg = scale_cfg(VGG_CFGS[before["depth"]], before["width"])
-            total, most = sum(v for v in cfg if v != "M"), most_prunable(cfg, floor)
             hardest = max(before["pruning_ratios"])
-            if round(total * hardest) > most:
+            asked, most = num_pruned(cfg, hardest), most_prunable(cfg, floor)
+            if asked > most:
                 raise ValueError(
                     f"must be lower for a pruning ratio of {hardest:g}: it lets only {most} of "
-                    f"{total} channels go, not {round(total * hardest)}"
+                    f"{sum(widths(cfg))} channels go, not {asked}"
                 )
         return floor
 

@@ -43,7 +43,7 @@ class ImageData:
                 )
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """The same data on `device`: 180 MB for CIFAR-10. They keep their digest where they are."""
+        """The same data on `device`: 180 MB for CIFAR-10. Itself, if it is there already."""
         if self.train_images.device == torch.device(device):
             return self
         return replace(

@@ -60,8 +60,8 @@ def choose_engine(model: nn.Module, data: ImageData, profile: Profile) -> Engine
     device = next(model.parameters()).device
     auto = profile.precision == "auto"
     precision = fast_precision(device) if auto else profile.precision
-    # A T4 is estimated to need 16 ms for a float16 step: its launches are no limit, so the scaler's
-    # state need not be part of a graph.
+    # No graph for float16, which only older GPUs need (a T4, by estimate, 16 ms for a step): there
+    # launches are no limit, and the scaler's state need not be part of a graph.
     graph = device.type == "cuda" and profile.cuda_graph and precision != "float16"
     return Engine(device.type, precision, graph)
 

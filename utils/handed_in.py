@@ -11,6 +11,8 @@ NOTEBOOKS = ("sparsity_train.ipynb", "vggprune.ipynb", "train_prune_model.ipynb"
 ARCHIVE = "EAI_Lab4_{student}.zip"
 REPORT = "EAI_Lab4_{student}_Report.pdf"
 STUDENT = r"[A-Za-z0-9_-]{1,40}"
+COURSE = {"λ": (0.0, 1e-4, 1e-2), "pruning ratio": (0.5, 0.9)}
+"""What the course asks for, on CIFAR-10."""
 
 Accuracy = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -130,6 +132,13 @@ class Results(BaseModel):
         by_ratio = {cut.pruning_ratio: cut for cut in self.vggprune.cuts}
         tuned = {row.pruning_ratio: row for row in self.train_prune_model.finetuning}
         return [(by_ratio[r], tuned[r]) for r in self.vggprune.profile.pruning_ratios]
+
+    def lacks(self) -> list[str]:
+        """What the course asks for and this run does not have."""
+        data, ratios = self.sparsity_train.data, self.vggprune.profile.pruning_ratios
+        has = {"λ": [run.l1_lambda for run in self.sparsity_train.runs], "pruning ratio": ratios}
+        images = [] if data.startswith("CIFAR-10") else [f"CIFAR-10 (its images: {data})"]
+        return images + [f"{k} = {v:g}" for k in COURSE for v in COURSE[k] if v not in has[k]]
 
 
 class Images(BaseModel):

@@ -103,7 +103,7 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
         bottom.hist(zoomed, bins=np.linspace(-reach, reach, 62), color=SPARSITY)
         bottom.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
         bottom.set(
-            title=f"λ = {l1_lambda:g}, zoomed: {len(zoomed) / len(gamma):.0%} of the channels",
+            title=f"λ = {l1_lambda:g}: {len(zoomed) / len(gamma):.0%} have |γ| ≤ {reach:.0e}",
             xlabel="scaling factor γ",
         )
         bottom.grid(alpha=0.3)
@@ -137,7 +137,7 @@ def sorted_gammas(
     ax.set(
         yscale="log",
         xlabel="channels, from the smallest |γ| to the largest (%)",
-        ylabel="|γ| (log scale)",
+        ylabel="|γ| (log scale; below 1e-6 not shown)",
         title=title,
         xlim=(0, 100),
     )
@@ -152,7 +152,7 @@ def kept_channels(widths: Sequence[int], kept: Mapping[float, Sequence[int]], ti
     figure, axes = panels(len(kept), sharey=True, width=5.0, height=3.4)
     layers = np.arange(1, len(widths) + 1)
     for ax, (ratio, counts) in zip(axes[0], kept.items(), strict=True):
-        ax.bar(layers, widths, color="lightgray", label="dense")
+        ax.bar(layers, widths, color="lightgray", label="before the cut")
         ax.bar(layers, counts, color=TRAIN, label="kept")
         for layer, count in zip(layers, counts, strict=True):
             ax.annotate(str(count), (layer, count), ha="center", va="bottom", fontsize=7)
@@ -182,7 +182,9 @@ def ladder(
         for (name, accuracies), marker in zip(steps.items(), itertools.cycle("osD^"), strict=False):
             # Hollow: lines that coincide stay visible.
             ax.plot(percent, accuracies, marker=marker, fillstyle="none", label=name)
-        ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
+        ax.set(
+            title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", xticks=percent, ylim=(0, 103)
+        )
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy after the cut (%)")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -206,7 +208,7 @@ def finetuning_curves(
         epochs = range(1, len(history["lr"]) + 1)
         ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training")
         test = [right_after[name], *history["test_accuracy"]]
-        ax.plot(range(len(test)), test, color=TEST, label="test (0: before)")
+        ax.plot(range(len(test)), test, color=TEST, label="test (epoch 0: before)")
         ax.axhline(dense_accuracy, color="gray", linestyle=":", label="dense network, test")
         ax.set(title=f"{name}: {test[-1]:.2f} %", xlabel="epoch", xlim=(0, len(epochs)))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

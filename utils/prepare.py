@@ -82,7 +82,10 @@ def _hint(folder: Path) -> str:
 def _require_classes(folder: Path, train: dict[str, list], test: dict[str, list]) -> None:
     for split, one, other in (("train", train, test), ("test", test, train)):
         if only := sorted(set(one) - set(other)):
-            raise ValueError(f"data = {str(folder)!r}: only {split} has the classes {_some(only)}")
+            raise ValueError(
+                f"data = {str(folder)!r}: only {split} has the classes {_some(only)}; both must "
+                "have the same"
+            )
         if empty := [name for name, paths in one.items() if not paths]:
             raise ValueError(
                 f"data = {str(folder)!r}: no image in {split}/{empty[0]} itself; the endings of "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models.vgg import VGG, most_prunable, shapes_only
+from models.vgg import VGG, most_prunable, num_pruned, shapes_only, widths
 from utils import cost
 
 
@@ -72,8 +72,8 @@ def plan_pruning(
     """Choose the channels with the smallest |γ| in the whole network: round(n·pruning_ratio) of its
     n channels, or as few as leave at most the share `macs` of its MACs (for a 32×32 image).
 
-    Each layer keeps its `min_channels` largest (a narrower one all); what that floor keeps is
-    pruned elsewhere. Equal |γ| go in forward order, first first. Raises ValueError for a value
+    Each layer keeps its `min_channels` largest (one with fewer keeps all); what that floor keeps is
+    pruned elsewhere. Of equal |γ| that nearer the input goes first. Raises ValueError for a value
     outside its range, both shares or none, γ that are not finite, and floors that forbid the cut.
     """
     if (pruning_ratio is None) == (macs is None):
@@ -89,7 +89,7 @@ def _plan_by_ratio(model: VGG, pruning_ratio: float, floor: int) -> PruningPlan:
     gamma = torch.cat(gammas)
     if not gamma.isfinite().all():
         raise ValueError("the network has scaling factors γ that are not finite; it has diverged")
-    count, most = round(len(gamma) * pruning_ratio), most_prunable(model.cfg, floor)
+    count, most = num_pruned(model.cfg, pruning_ratio), most_prunable(model.cfg, floor)
     if count > most:
         lets = f"min_channels = {floor} lets only {most} of {len(gamma)} channels go"
         raise ValueError(f"pruning_ratio = {pruning_ratio}: {lets}, not {count}; lower either")
@@ -99,8 +99,8 @@ def _plan_by_ratio(model: VGG, pruning_ratio: float, floor: int) -> PruningPlan:
     keep = torch.ones_like(gamma, dtype=torch.bool)
     keep[order[prunable[:count]]] = False
     cfg_mask = list(keep.split([len(g) for g in gammas]))
-    widths = iter(int(m.sum()) for m in cfg_mask)
-    cfg = [v if v == "M" else next(widths) for v in model.cfg]
+    kept = iter(int(m.sum()) for m in cfg_mask)
+    cfg = [v if v == "M" else next(kept) for v in model.cfg]
     # Halfway between the last |γ| that goes and the next one, which stays.
     threshold = ordered[prunable[count - 1] :][:2].mean().item() if count else 0.0
     mass_cut = (gamma[~keep].double().sum() / gamma.double().sum()).nan_to_num().item()
@@ -109,7 +109,7 @@ def _plan_by_ratio(model: VGG, pruning_ratio: float, floor: int) -> PruningPlan:
 
 def _plan_by_macs(model: VGG, macs: float, floor: int) -> PruningPlan:
     """The plan by ratio that prunes the fewest channels, of those that leave at most `macs`."""
-    total, whole = sum(bn.num_features for _, bn in model.blocks()), cost.macs(model)
+    total, whole = sum(widths(model.cfg)), cost.macs(model)
 
     def plan(count: int) -> PruningPlan:
         by_ratio = _plan_by_ratio(model, 1 - (total - count) / total, floor)
@@ -126,10 +126,13 @@ def _plan_by_macs(model: VGG, macs: float, floor: int) -> PruningPlan:
 
 
 def _check_fits(model: VGG, plan: PruningPlan) -> None:
-    widths = iter(m.numel() for m in plan.cfg_mask)
-    planned = [v if v == "M" else next(widths) for v in plan.cfg]
-    if planned != model.cfg:
-        raise ValueError(f"the plan is for a network of cfg {planned}, the model has {model.cfg}")
+    planned = iter(m.numel() for m in plan.cfg_mask)
+    cfg = [v if v == "M" else next(planned) for v in plan.cfg]
+    if cfg != model.cfg:
+        raise ValueError(
+            f"the plan is for a network of cfg {cfg}, the model has {model.cfg}; make one for this "
+            "model with plan_pruning"
+        )
 
 
 def mask(model: VGG, plan: PruningPlan) -> VGG:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import get_data_path, rc_context
 from matplotlib.figure import Figure
 
-from models.vgg import VGG, VGG_CFGS, scale_cfg
+from models.vgg import VGG, VGG_CFGS, scale_cfg, widths
 from utils import plots
 from utils.handed_in import Cut, Evaluation, Results, Run, Tuned
 from utils.sparsity import EPS
@@ -81,8 +81,8 @@ def _cut(
     page: "_Pages", words: Mapping, results: Results, cut: Cut, tuned: Tuned, classes: int
 ) -> None:
     data, profile, stages = results.vggprune.data, results.vggprune.profile, cut.evaluations
-    dense = [v for v in scale_cfg(VGG_CFGS[profile.depth], profile.width) if v != "M"]
-    kept = [v for v in cut.cfg if v != "M"]
+    dense = widths(scale_cfg(VGG_CFGS[profile.depth], profile.width))
+    kept = widths(cut.cfg)
     numbers = {"realised": 100 * cut.realised_ratio, "kept": sum(kept), "total": sum(dense)}
     page.write(words["cut"].format(**cut.model_dump(exclude={"evaluations"}), **numbers))
     curves = {tuned.network: tuned.model_dump()}
@@ -108,8 +108,9 @@ def _course_line(measured: Evaluation) -> str:
 
 def _if_guessed(words: Mapping, accuracy: float, classes: int) -> list[str]:
     """A word on an accuracy that needs no training, if this is one."""
-    chance = words["chance"].format(accuracy=accuracy, classes=classes)
-    return [chance] if accuracy < 150 / classes else []
+    chance = 100 / classes
+    said = words["chance"].format(classes=classes, chance=chance)
+    return [said] if accuracy < 1.5 * chance else []
 
 
 class _Pages:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from models.vgg import widths
 from utils.files import file_lock, json_digest, write_json, write_whole
 from utils.machine import describe_machine
 from utils.runs import Run
@@ -152,7 +153,7 @@ def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
                 "network": r["network"],
                 "training accuracy (%)": r["train_accuracy"][-1],
                 "test accuracy (%)": r["test_accuracy"][-1],
-                "channels kept in each layer": " ".join(str(v) for v in r["cfg"] if v != "M"),
+                "channels kept in each layer": " ".join(map(str, widths(r["cfg"]))),
             }
             for r in tuned.get("finetuning", [])
         ],

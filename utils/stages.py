@@ -6,27 +6,24 @@ is there already. Called again, a step that is done just loads.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from models.vgg import VGG, most_prunable
+from models.vgg import VGG, most_prunable, num_pruned, widths
 from utils.checkpoint import Checkpoint, load, save
 from utils.compensation import slim_repaired
-from utils.config import Profile, is_ratio
+from utils.config import Profile
 from utils.data import ImageData
 from utils.files import typed_path
 from utils.pruning import PruningPlan, plan_pruning
 from utils.resume import History, weights_digest
 from utils.runs import Run, RunError
-from utils.sparsity import add_l1_subgradient, is_collapsed, reach, scaling_factors, swing
+from utils.sparsity import add_l1_subgradient
 from utils.step import Penalty
-from utils.training import evaluate, fit
-
-LEARNED = 0.8
-"""A network is worth going on with if it has this share of the best one's gain over guessing."""
+from utils.training import fit
 
 
 class Trained(NamedTuple):
@@ -34,22 +31,6 @@ class Trained(NamedTuple):
 
     model: VGG
     history: History
-
-
-class Verdict(NamedTuple):
-    """Whether a trained network is worth cutting, and why."""
-
-    works: bool
-    mass_cut: float
-    """Share of Σ|γ| that would go."""
-    reason: str
-
-
-class Choice(NamedTuple):
-    """Which network to cut by a ratio, and what speaks for and against each."""
-
-    l1_lambda: float
-    verdicts: dict[float, Verdict]
 
 
 def train(
@@ -65,7 +46,8 @@ def train(
     Raises what `fit` raises, and RunError for a run that only cuts another's networks.
     """
     if run.trained_in:
-        raise RunError(f"the run {run.name} only cuts what {run.trained_in} trained")
+        only = f"the run {run.name} only cuts what {run.trained_in} trained"
+        raise RunError(f"{only}; train in that one")
     profile = run.profile
     torch.manual_seed(profile.seed)
     model = VGG(profile.cfg, num_classes=len(data.classes)).to(data.train_images.device)
@@ -112,109 +94,6 @@ def trained_networks(run: Run, data: ImageData) -> dict[float, Trained]:
             f"the run {run.name}: {'; '.join(wrong)}. Run sparsity_train.ipynb to the end"
         )
     return found
-
-
-def judge(
-    run: Run, data: ImageData, networks: Mapping[float, Trained], ratio: float
-) -> dict[float, Verdict]:
-    """For each λ: has the network learned, and how much of Σ|γ| would a cut by `ratio` take?
-
-    Collapsed is a network whose γ are all near zero, as near as they swing when λ pulls at them.
-    One that is no better than always naming the most frequent class has learned nothing.
-    """
-    guessing, needed = _guessing(data), _needed(data, networks)
-    verdicts = {}
-    for l1_lambda, (model, history) in networks.items():
-        plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
-        gammas, works = scaling_factors(model), False
-        accuracy, said = history.train_accuracy[-1], "on the training images"
-        swung = swing(history.lr[-1], l1_lambda, run.profile.momentum)
-        if l1_lambda > 0 and is_collapsed(gammas, swung):
-            on = reach(swung)
-            alive = 100 * (gammas >= on).double().mean()
-            reason = f"collapsed: |γ| ≥ {on:g} in {alive:.1f} % of the channels; λ is too strong"
-        elif accuracy <= guessing:
-            reason = f"has learned nothing: {accuracy:.2f} % {said}, guessing has {guessing:.2f} %"
-        elif accuracy < needed:
-            reason = f"has learned much less than the best: {accuracy:.2f} % {said}"
-        else:
-            works, reason = True, f"the channels to go hold {plan.mass_cut:.2%} of Σ|γ|"
-        verdicts[l1_lambda] = Verdict(works, plan.mass_cut, reason)
-    return verdicts
-
-
-def choose(
-    run: Run,
-    data: ImageData,
-    networks: Mapping[float, Trained],
-    ratio: float,
-    l1_lambda: float | None = None,
-) -> Choice:
-    """The network to cut by `ratio`: that of the weakest penalty which still works when it is cut
-    and repaired, for a stronger one costs accuracy; if none does, the one that loses least of
-    Σ|γ|. λ = 0, which the others are compared with, only where nothing else works. `l1_lambda`
-    chooses by hand.
-
-    "Works" is judged on training images. Raises RunError if no network is worth cutting,
-    ValueError for an `l1_lambda` that was not trained.
-    """
-    verdicts = judge(run, data, networks, ratio)
-    if l1_lambda is not None:
-        if l1_lambda not in verdicts:
-            trained = ", ".join(f"{k:g}" for k in verdicts)
-            raise ValueError(f"l1_lambda = {l1_lambda!r}: trained are {trained}")
-        return Choice(l1_lambda, verdicts)
-    working = [k for k, verdict in verdicts.items() if verdict.works]
-    working = [k for k in working if k > 0] or working
-    if not working:
-        why = "; ".join(f"λ = {k:g} {verdict.reason}" for k, verdict in verdicts.items())
-        raise RunError(f"no network is worth cutting: {why}")
-    needed, survive = _needed(data, networks), []
-    batches, judges = calibration(run, data), list(judging_batches(data))
-    for k in working:
-        model, verdict = networks[k].model, verdicts[k]
-        plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
-        left = evaluate(slim_repaired(model, plan, batches), judges).accuracy
-        survive += [k] if left >= needed else []
-        said = f"{verdict.reason}; cut and repaired it has {left:.2f} % ({needed:.2f} needed)"
-        verdicts[k] = verdict._replace(reason=said)
-    chosen = min(survive) if survive else min(working, key=lambda k: verdicts[k].mass_cut)
-    return Choice(chosen, verdicts)
-
-
-def judging_batches(data: ImageData) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """A tenth of the training images, on which cuts are compared: test images choose nothing."""
-    return data.hold_out(len(data.train_labels) // 10).plain_batches("test", 1000)
-
-
-def _guessing(data: ImageData) -> float:
-    """Accuracy in % of always naming the most frequent class."""
-    return 100 * data.train_labels.bincount().max().item() / len(data.train_labels)
-
-
-def _needed(data: ImageData, networks: Mapping[float, Trained]) -> float:
-    """Accuracy in % on training images, above which a network is worth going on with."""
-    guessing = _guessing(data)
-    best = max(network.history.train_accuracy[-1] for network in networks.values())
-    return guessing + LEARNED * (best - guessing)
-
-
-def feasible(ratios: Iterable[float], cfg: list[int | str], min_channels: int) -> list[float]:
-    """Those of `ratios` by which a network of `cfg` can be cut; a printed line for each other.
-
-    Raises ValueError, naming `ladder_ratios`, for what is no list of ratios or leaves none.
-    """
-    try:
-        ratios = [is_ratio(float(ratio)) for ratio in ratios]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"ladder_ratios = {ratios!r}: {error}") from None
-    total, most = sum(v for v in cfg if v != "M"), most_prunable(cfg, min_channels)
-    for ratio in [ratio for ratio in ratios if round(total * ratio) > most]:
-        print(f"{100 * ratio:g}% left out: min_channels = {min_channels} keeps more channels")
-    kept = [ratio for ratio in ratios if round(total * ratio) <= most]
-    if not kept:
-        raise ValueError(f"ladder_ratios = {ratios}: min_channels = {min_channels} leaves none")
-    return kept
 
 
 def calibration(run: Run, data: ImageData) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -293,8 +172,8 @@ def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan) -> VGG:
 def cut_to(run: Run, data: ImageData, network: VGG, pruning_ratio: float) -> VGG:
     """`network`, which may have been cut before, cut until that share of the channels of the run's
     dense network is gone, and repaired: a pass of many, or the only one."""
-    total, left = (sum(v for v in cfg if v != "M") for cfg in (run.profile.cfg, network.cfg))
-    of_those_left = 1 - (total - round(total * pruning_ratio)) / left
+    stay = sum(widths(run.profile.cfg)) - num_pruned(run.profile.cfg, pruning_ratio)
+    of_those_left = 1 - stay / sum(widths(network.cfg))
     plan = plan_pruning(network, of_those_left, min_channels=run.profile.min_channels)
     return cut_on(run, data, network, plan)
 
@@ -305,6 +184,28 @@ def train_again(run: Run, data: ImageData, network: VGG, l1_lambda: float, label
     model = copy.deepcopy(network)
     history = fit(model, data, run.profile, l1_lambda=l1_lambda, checkpoint=file, label=label)
     return Trained(model.eval(), history)
+
+
+def in_passes(
+    run: Run, data: ImageData, network: VGG, l1_lambda: float
+) -> Iterator[tuple[float, VGG, History | None]]:
+    """`network` cut and repaired at each of the run's `multipass_ratios`, and before each but the
+    first trained with the penalty again (Liu et al. 2017, section 3): ratio, slim network, and the
+    history of that training.
+
+    Nothing but a printed line where `min_channels` forbids the last cut.
+    """
+    history, cfg = None, run.profile.cfg
+    ratios, floor = run.profile.multipass_ratios, run.profile.min_channels
+    if ratios and num_pruned(cfg, ratios[-1]) > most_prunable(cfg, floor):
+        print(f"no passes: min_channels = {floor} forbids {100 * ratios[-1]:g}%")
+        return
+    for k, ratio in enumerate(ratios):
+        if k > 0:
+            label = f"between the passes ({k} of {len(ratios) - 1})"
+            network, history = train_again(run, data, network, l1_lambda, label)
+        network = cut_to(run, data, network, ratio)
+        yield ratio, network, history
 
 
 def finetune(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from utils import stages
+from utils import choosing, stages
 from utils.config import Profile
 from utils.cost import macs, num_parameters
 from utils.data import ImageData
@@ -153,7 +153,7 @@ def _cut(task: Task) -> dict:
 
 def _why_useless(task: Task, data: ImageData, trained: stages.Trained) -> str | None:
     networks = {task.l1_lambda: trained}
-    verdict = stages.judge(task.run, data, networks, task.pruning_ratio)[task.l1_lambda]
+    verdict = choosing.judge(task.run, data, networks, task.pruning_ratio)[task.l1_lambda]
     return None if verdict.works else verdict.reason
 
 

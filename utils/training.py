@@ -128,7 +128,8 @@ def fit(
     with only_writer(checkpoint):
         history, state = resume(checkpoint, kind, settings, model)
         if history and not quiet:
-            print(f"{checkpoint}: {len(history)} of {profile.epochs} epochs were done before")
+            done = f"{len(history)} of {profile.epochs} epochs were done before"
+            print(f"{label or kind}: {done} ({checkpoint})")
             print(history.line(profile.epochs))
         if history and on_epoch:
             on_epoch(history)
@@ -216,7 +217,9 @@ def _require_fit(model: VGG, data: ImageData, l1_lambda: float) -> None:
         raise ValueError(f"l1_lambda = {l1_lambda!r}: must be a finite number of at least 0")
     outputs = model.classifier.out_features
     if outputs != len(data.classes):
-        raise ValueError(f"num_classes = {outputs}: the data have {len(data.classes)} classes")
+        classes = len(data.classes)
+        way_out = f"build VGG(cfg, num_classes={classes})"
+        raise ValueError(f"num_classes = {outputs}: the data have {classes} classes; {way_out}")
 
 
 def _require_sound(
@@ -229,6 +232,6 @@ def _require_sound(
         raise DivergenceError(
             f"diverged in epoch {epoch + 1}: mean loss {loss:.3g} (guessing has {guessing:.3g}), "
             f"on the test images {test_loss:.3g}, weights {'finite' if finite else 'not finite'}, "
-            f"at λ = {l1_lambda:g} and lr = {lr:g}. Lower one of them; the checkpoint keeps the "
-            "last sound epoch."
+            f"at λ = {l1_lambda:g} and lr = {lr:g}. Lower one of them. (The checkpoint, if one "
+            "was saved, holds a sound epoch.)"
         )
