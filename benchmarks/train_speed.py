@@ -130,7 +130,7 @@ def our_steps(model: VGG, data: ImageData, profile: Profile, engine: Engine) -> 
         yield
 
 
-def take_turns(
+def seconds_a_step(
     contestants: dict[str, Iterator], steps: int, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds a step for each contestant and round."""
@@ -183,7 +183,7 @@ def slim_rows(seconds: dict[str, list[float]], work: dict[str, int]) -> list[dic
     ]
 
 
-def slim_networks(profile: Profile, device: torch.device) -> dict[str, VGG]:
+def random_networks(profile: Profile, device: torch.device) -> dict[str, VGG]:
     """The dense network and two that a global threshold on random γ leaves."""
     torch.manual_seed(1)
     dense = VGG(profile.cfg)
@@ -200,7 +200,7 @@ def slim_networks(profile: Profile, device: torch.device) -> dict[str, VGG]:
 def whole_lab(profile: Profile, data: ImageData) -> float:
     """Seconds for every training of the lab, tests after each epoch included: λ's, fine-tunings."""
     device = data.train_images.device
-    _, *slims = slim_networks(profile, device).values()
+    _, *slims = random_networks(profile, device).values()
     begun = time.perf_counter()
     for l1_lambda in profile.l1_lambdas:
         fit(VGG(profile.cfg).to(device), data, profile, l1_lambda=l1_lambda)
@@ -260,7 +260,7 @@ def main() -> None:
     print(f"{engine}; {machine}")
 
     def turns(contestants: dict[str, Iterator], steps: int) -> dict[str, list[float]]:
-        return take_turns(contestants, steps, options.rounds, device)
+        return seconds_a_step(contestants, steps, options.rounds, device)
 
     ours = our_steps(model, on_device, profile, engine)
     training = turns(
@@ -279,7 +279,7 @@ def main() -> None:
     ]
     print(pd.DataFrame(rows).set_index("what").to_string())
 
-    networks = slim_networks(profile, device)
+    networks = random_networks(profile, device)
     work = {name: macs(network) for name, network in networks.items()}
     contestants = {
         name: our_steps(net, on_device, profile, choose_engine(net, on_device, profile))

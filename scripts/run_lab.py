@@ -46,7 +46,6 @@ def execute(name: str, target: Path) -> None:
     try:
         client.execute()
     finally:
-        target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, target)
 
 
@@ -74,8 +73,7 @@ def run_all(folder: Path) -> Path:
                     folder = ROOT / "figures" / last_run.read_text("utf-8").strip()
                     write_whole(ROOT / LAST_RUN, last_run.read_bytes())  # for who opens one next
                 if target.exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / target.name).write_bytes(target.read_bytes())
+                    write_whole(folder / target.name, target.read_bytes())
                     print(f"\nThe executed notebook: {folder / target.name}")
     return folder
 

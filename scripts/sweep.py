@@ -68,7 +68,7 @@ def begin_run(profile: Profile, data: ImageData) -> Run:
     return replace(run, profile=replace(profile, precision=run.profile.precision))
 
 
-def forecast(tasks: list[Task], data: ImageData, workers: int) -> str:
+def planned_work(tasks: list[Task], data: ImageData, workers: int) -> str:
     """What is planned, what of it is done, and how long the rest takes."""
     profile = tasks[0].run.profile
     seeds = sorted({task.run.profile.seed for task in tasks})
@@ -126,7 +126,7 @@ def sweep(profiles: list[Profile], cluster: str = "") -> Path:
     with hands(cluster) as (hand_out, workers):
         data = load_data(profiles[0].data).to(pick_device())
         runs = [begin_run(profile, data) for profile in profiles]
-        print(forecast(planned(runs), data, workers))
+        print(planned_work(planned(runs), data, workers))
         collect(runs, hand_out, folder)
     write_page(folder, runs[0])
     return folder

@@ -11,9 +11,9 @@ from tiny import cfgs, tiny_data, tiny_model, tiny_profile
 
 from models.vgg import VGG
 from utils import choosing
+from utils.checkpoint import History
 from utils.data import ImageData
 from utils.pruning import plan_pruning
-from utils.resume import History
 from utils.runs import Run, RunError
 from utils.sparsity import bn_layers
 from utils.stages import Trained

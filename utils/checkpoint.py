@@ -23,9 +23,37 @@ WRITTEN_BY = {
 }
 """The kinds of checkpoint of this lab, and the notebook that writes each."""
 KINDS = (*WRITTEN_BY, "original lab")
-COLUMNS = ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "sparsity")
-"""What a history has a list of, one entry per epoch."""
 GRAD_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+@dataclass
+class History:
+    """One entry per finished epoch; accuracies in %, sparsity from 0 to 1."""
+
+    lr: list[float] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    sparsity: list[float] = field(default_factory=list)
+
+    def append(self, **values: float) -> None:
+        for name, value in values.items():
+            getattr(self, name).append(value)
+
+    def __len__(self) -> int:
+        return len(self.lr)
+
+    def line(self, epochs: int) -> str:
+        """The last epoch as a line to print."""
+        return (
+            f"epoch {len(self):3d}/{epochs}   lr {self.lr[-1]:.4f}   "
+            f"loss {self.train_loss[-1]:.3f}   train {self.train_accuracy[-1]:5.2f} %   "
+            f"test {self.test_accuracy[-1]:5.2f} %   sparsity {self.sparsity[-1]:.3f}"
+        )
+
+
+COLUMNS = tuple(f.name for f in fields(History))
 
 
 class CheckpointError(Exception):

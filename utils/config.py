@@ -177,6 +177,12 @@ class Profile:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Profile))
+SETTINGS = (
+    "epochs", "lr", "schedule", "batch_size", "momentum", "nesterov", "weight_decay",
+    "crop_padding", "flip", "seed",
+)  # fmt: skip
+"""The fields of a profile that decide what a training computes."""
+
 _DIGITS = {"data": "digits", "crop_padding": 2, "flip": False, "precision": "float32"}
 
 # fmt: off

@@ -3,7 +3,6 @@
 import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,45 +10,12 @@ from filelock import Timeout
 from torch import nn
 
 from models.vgg import VGG
-from utils.checkpoint import CheckpointError, load
-from utils.config import Profile
+from utils.checkpoint import CheckpointError, History, load
+from utils.config import SETTINGS, Profile
 from utils.data import ImageData
 from utils.files import digest, file_lock
 from utils.sparsity import bn_layers
 from utils.step import Penalty
-
-SETTINGS = (
-    "epochs", "lr", "schedule", "batch_size", "momentum", "nesterov", "weight_decay",
-    "crop_padding", "flip", "seed",
-)  # fmt: skip
-"""The fields of a profile that decide what a training computes."""
-
-
-@dataclass
-class History:
-    """One entry per finished epoch; accuracies in %, sparsity from 0 to 1."""
-
-    lr: list[float] = field(default_factory=list)
-    train_loss: list[float] = field(default_factory=list)
-    train_accuracy: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    sparsity: list[float] = field(default_factory=list)
-
-    def append(self, **values: float) -> None:
-        for name, value in values.items():
-            getattr(self, name).append(value)
-
-    def __len__(self) -> int:
-        return len(self.lr)
-
-    def line(self, epochs: int) -> str:
-        """The last epoch as a line to print."""
-        return (
-            f"epoch {len(self):3d}/{epochs}   lr {self.lr[-1]:.4f}   "
-            f"loss {self.train_loss[-1]:.3f}   train {self.train_accuracy[-1]:5.2f} %   "
-            f"test {self.test_accuracy[-1]:5.2f} %   sparsity {self.sparsity[-1]:.3f}"
-        )
 
 
 def training_settings(

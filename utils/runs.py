@@ -15,12 +15,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from utils.config import Profile
+from utils.config import SETTINGS, Profile
 from utils.data import ImageData
 from utils.engine import fast_precision
 from utils.files import json_digest, write_json, write_whole
 from utils.machine import describe_machine
-from utils.resume import SETTINGS
 
 CUT = ("pruning_ratios", "min_channels")
 FINETUNE = (

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 
 from models.vgg import VGG, most_prunable, num_pruned, widths
-from utils.checkpoint import Checkpoint, load, save
+from utils.checkpoint import Checkpoint, History, load, save
 from utils.compensation import slim_repaired
 from utils.config import Profile
 from utils.data import ImageData
 from utils.files import typed_path
 from utils.pruning import PruningPlan, plan_pruning
-from utils.resume import History, weights_digest
+from utils.resume import weights_digest
 from utils.runs import Run, RunError
 from utils.sparsity import add_l1_subgradient
 from utils.step import Penalty

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.vgg import VGG
-from utils.checkpoint import Checkpoint, save
+from utils.checkpoint import Checkpoint, History, save
 from utils.config import Profile
 from utils.data import ImageData
 from utils.engine import choose_engine, fits_in_memory, make_step
-from utils.resume import History, only_writer, resume, training_settings
+from utils.resume import only_writer, resume, training_settings
 from utils.sparsity import add_l1_subgradient, sparsity
 from utils.step import Penalty, TrainStep
 
