@@ -36,7 +36,8 @@ def ways(profile: Profile) -> dict[str, dict]:
     instead of by channels, so that what a higher floor keeps is not taken from other layers.)"""
     once: dict = {"multipass_ratios": ()}
     hardest, epochs = max(profile.pruning_ratios), profile.finetune_epochs
-    floor, (first, second) = profile.min_channels, (round(s * hardest, 2) for s in (0.78, 0.92))
+    floor = profile.min_channels
+    milder = [round(share * hardest, 2) for share in (0.78, 0.92)]  # 0.7 and 0.83 before 0.9
     half = {f"a floor of {floor // 2}": once | {"min_channels": floor // 2}} if floor > 1 else {}
     return {
         BASE: once,
@@ -48,8 +49,8 @@ def ways(profile: Profile) -> dict[str, dict]:
         "distillation 0.5": once | {"distillation": 0.5},
         f"{3 * epochs} epochs": once | {"finetune_epochs": 3 * epochs},
         UNPENALIZED: once,
-        "two passes": {"multipass_ratios": (first, hardest)},
-        "three passes": {"multipass_ratios": (first, second, hardest)},
+        "two passes": {"multipass_ratios": (milder[0], hardest)},
+        "three passes": {"multipass_ratios": (*milder, hardest)},
     }
 
 

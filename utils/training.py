@@ -215,9 +215,8 @@ def _require_fit(model: VGG, data: ImageData, l1_lambda: float) -> None:
     number = isinstance(l1_lambda, int | float) and not isinstance(l1_lambda, bool)
     if not number or not (math.isfinite(l1_lambda) and l1_lambda >= 0):
         raise ValueError(f"l1_lambda = {l1_lambda!r}: must be a finite number of at least 0")
-    outputs = model.classifier.out_features
-    if outputs != len(data.classes):
-        classes = len(data.classes)
+    outputs, classes = model.classifier.out_features, len(data.classes)
+    if outputs != classes:
         way_out = f"build VGG(cfg, num_classes={classes})"
         raise ValueError(f"num_classes = {outputs}: the data have {classes} classes; {way_out}")
 
