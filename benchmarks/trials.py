@@ -59,18 +59,17 @@ def reached(
 ) -> dict:
     """The accuracy on the held-out images of what one way, the profile of `run`, makes of
     `network`, and its cost; cut by `plan`, if there is one, instead of by the profile's ratios."""
-    profile, passes = run.profile, len(run.profile.multipass_ratios)
+    profile = run.profile
+    ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
     if plan:
         network = stages.cut_on(run, data, network, plan)
-    elif passes:
-        *_, (_, network, _) = stages.in_passes(run, data, network, l1_lambda)
     else:
-        network = stages.cut_to(run, data, network, max(profile.pruning_ratios))
+        *_, (_, network, _) = stages.in_passes(run, data, network, l1_lambda, ratios)
     tuned = stages.finetune(run, data, network, teacher=dense, label=run.name, quiet=True)
     return {
         "accuracy (%)": tuned.history.test_accuracy[-1],
         "MACs (M)": macs(network) / 1e6,
-        "epochs after the first cut": max(0, passes - 1) * profile.epochs + profile.finetune_epochs,
+        "epochs after the first cut": (len(ratios) - 1) * profile.epochs + profile.finetune_epochs,
     }
 
 

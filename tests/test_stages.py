@@ -270,8 +270,7 @@ def test_a_second_pass_counts_the_channels_that_the_first_has_cut(run):
     def kept(network):
         return sum(v for v in network.cfg if v != "M")
 
-    first = stages.cut_to(run, DATA, model, 0.3)
-    second = stages.cut_to(run, DATA, first, 0.6)
+    (_, first, _), (_, second, _) = stages.in_passes(run, DATA, model, 0.5, [0.3, 0.6])
     assert kept(first) == kept(model) - round(0.3 * kept(model))
     assert kept(second) == kept(model) - round(0.6 * kept(model))
     alone = plan_pruning(model, 0.3, min_channels=run.profile.min_channels)
@@ -298,20 +297,21 @@ def test_between_two_passes_the_penalty_pulls_again(run):
 
 def test_passes_cut_on_what_was_trained_again_after_the_cut_before(run):
     model = stages.trained_networks(run, DATA)[0.02].model
-    run = open_run(multipass_ratios=[0.3, 0.6])
-    (first, one, untrained), (second, two, history) = stages.in_passes(run, DATA, model, 0.5)
+    passes = stages.in_passes(run, DATA, model, 0.5, [0.3, 0.6])
+    (first, one, untrained), (second, two, history) = passes
     assert (first, second, untrained, len(history)) == (0.3, 0.6, None, run.profile.epochs)
-    by_hand = stages.cut_to(run, DATA, model, 0.3)
-    assert same(dict(one.state_dict()), dict(by_hand.state_dict()))
-    by_hand = stages.train_again(run, DATA, by_hand, 0.5, "").model
-    by_hand = stages.cut_to(run, DATA, by_hand, 0.6)
+    again = stages.train_again(run, DATA, one, 0.5, "").model
+    total, left = (sum(v for v in n.cfg if v != "M") for n in (model, again))
+    of_those_left = 1 - (total - round(0.6 * total)) / left
+    plan = plan_pruning(again, of_those_left, min_channels=run.profile.min_channels)
+    by_hand = slim_repaired(again, plan, stages.calibration(run, DATA))
     assert same(dict(two.state_dict()), dict(by_hand.state_dict()))
 
 
 def test_passes_that_the_floor_forbids_are_left_out_with_a_word(run, capsys):
     model = stages.trained_networks(run, DATA)[0.02].model
-    run = open_run(multipass_ratios=[0.3, 0.95], min_channels=3)
-    assert list(stages.in_passes(run, DATA, model, 0.5)) == []
+    run = open_run(min_channels=3)
+    assert list(stages.in_passes(run, DATA, model, 0.5, [0.3, 0.95])) == []
     assert "no passes: min_channels = 3 forbids 95%" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ is there already. Called again, a step that is done just loads.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,15 +169,6 @@ def cut_on(run: Run, data: ImageData, network: VGG, plan: PruningPlan) -> VGG:
     return saved.model().to(data.train_images.device)
 
 
-def cut_to(run: Run, data: ImageData, network: VGG, pruning_ratio: float) -> VGG:
-    """`network`, which may have been cut before, cut until that share of the channels of the run's
-    dense network is gone, and repaired: a pass of many, or the only one."""
-    stay = sum(widths(run.profile.cfg)) - num_pruned(run.profile.cfg, pruning_ratio)
-    of_those_left = 1 - stay / sum(widths(network.cfg))
-    plan = plan_pruning(network, of_those_left, min_channels=run.profile.min_channels)
-    return cut_on(run, data, network, plan)
-
-
 def train_again(run: Run, data: ImageData, network: VGG, l1_lambda: float, label: str) -> Trained:
     """`network`, between two passes, trained with the penalty again (Liu et al. 2017, sec. 3)."""
     file = run.checkpoints / f"pass_from_{weights_digest(network)}.pt"
@@ -187,16 +178,15 @@ def train_again(run: Run, data: ImageData, network: VGG, l1_lambda: float, label
 
 
 def in_passes(
-    run: Run, data: ImageData, network: VGG, l1_lambda: float
+    run: Run, data: ImageData, network: VGG, l1_lambda: float, ratios: Sequence[float]
 ) -> Iterator[tuple[float, VGG, History | None]]:
-    """`network` cut and repaired at each of the run's `multipass_ratios`, and before each but the
-    first trained with the penalty again (Liu et al. 2017, section 3): ratio, slim network, and the
-    history of that training.
+    """`network` cut and repaired at each of `ratios`, shares of the channels of the run's dense
+    network, and before each but the first trained with the penalty again (Liu et al. 2017, section
+    3): ratio, slim network, and the history of that training. One ratio makes a single cut.
 
     Nothing but a printed line where `min_channels` forbids the last cut.
     """
-    history, cfg = None, run.profile.cfg
-    ratios, floor = run.profile.multipass_ratios, run.profile.min_channels
+    history, cfg, floor = None, run.profile.cfg, run.profile.min_channels
     if ratios and num_pruned(cfg, ratios[-1]) > most_prunable(cfg, floor):
         print(f"no passes: min_channels = {floor} forbids {100 * ratios[-1]:g}%")
         return
@@ -204,7 +194,10 @@ def in_passes(
         if k > 0:
             label = f"between the passes ({k} of {len(ratios) - 1})"
             network, history = train_again(run, data, network, l1_lambda, label)
-        network = cut_to(run, data, network, ratio)
+        stay = sum(widths(cfg)) - num_pruned(cfg, ratio)
+        of_those_left = 1 - stay / sum(widths(network.cfg))
+        plan = plan_pruning(network, of_those_left, min_channels=floor)
+        network = cut_on(run, data, network, plan)
         yield ratio, network, history
 
 
