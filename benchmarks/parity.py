@@ -8,7 +8,7 @@ in which the learning rate drops: before that, the test accuracy jumps by ten po
 """
 
 import argparse
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -43,20 +43,21 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # float32 is to be exact here, on a GPU too
     device, profile = pick_device(), get_profile(options.profile)
     data = load_data(profile.data).to(device)
+    kinds = [replace(profile, precision=kind) for kind in ("float32", options.precision)]
     rows = []
     for seed in range(1, options.seeds + 1):
-        for precision in ("float32", options.precision):
-            chosen = dataclasses.replace(profile, seed=seed, precision=precision)
+        for kind in kinds:
             torch.manual_seed(seed)
             model = VGG(profile.cfg, num_classes=len(data.classes)).to(device)
-            history = fit(model, data, chosen, l1_lambda=profile.l1_lambdas[1])
+            seeded = replace(kind, seed=seed)
+            history = fit(model, data, seeded, l1_lambda=profile.l1_lambdas[1])
             last = {
                 "training loss": history.train_loss[-1],
                 "training accuracy (%)": history.train_accuracy[-1],
                 "test accuracy (%)": history.test_accuracy[-1],
                 "sparsity": history.sparsity[-1],
             }
-            rows.append({"precision": precision, "seed": seed, **last})
+            rows.append({"precision": kind.precision, "seed": seed, **last})
     print(f"{profile.name}, λ = {profile.l1_lambdas[1]:g}, {options.seeds} seeds, {data.name}")
     print(compare(pd.DataFrame(rows).drop(columns="seed")).round(3).to_string())
     report = {"machine": describe_machine(device), "profile": profile.name, "data": data.name}

@@ -4,8 +4,9 @@
     .venv/bin/python -m benchmarks.trials --profile laptop     # hours; goes on where it was stopped
 
 A fifth of the training images takes the place of the test images, so that what is chosen here can
-still be tested on those. Each way changes one thing of a single cut as the profile has it. A gain
-counts if it is larger than two standard errors of its mean over the seeds.
+still be tested on those. Each way changes one thing of a single cut as the profile has it (a
+schedule goes with its lr). A gain counts if it is larger than two standard errors of its mean over
+the seeds.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--l1-lambda", type=float, help="default: the profile's second")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, choices=range(2, 100), metavar="N")
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     given = parser.parse_args()
     profile, device = get_profile(given.profile), pick_device()
@@ -101,8 +102,11 @@ def main() -> None:
         run = begin(named, held, device, remember=False)
         sparse, dense = (stages.train(run, held, strength).model for strength in (l1_lambda, 0.0))
         for way, change in ways(profile).items():
-            folder = re.sub(r"\W+", "_", f"{run.name} {way}")
-            of_its_own = replace(run, profile=replace(run.profile, name=folder, **change))
+            # The passes share their first training; no other files of theirs have the same name.
+            shared = "passes" if "passes" in way else way
+            folder = re.sub(r"\W+", "_", f"{run.name} {shared}")
+            own = replace(named, precision=run.profile.precision, name=folder, **change)
+            of_its_own = replace(run, profile=own)
             network = dense if way == UNPENALIZED else sparse
             plan = None
             if way == SAME_MACS:

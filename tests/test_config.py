@@ -112,6 +112,11 @@ def test_a_floor_that_forbids_a_cut_is_named_before_anything_is_trained():
         assert get_profile("laptop", min_channels=floor, pruning_ratios=ratios).cfg
 
 
+def test_a_floor_that_nobody_typed_is_held_against_the_cut_too():
+    with pytest.raises(ValueError, match="min_channels = 2: must be lower for a pruning ratio"):
+        Profile(pruning_ratios=(0.999,))
+
+
 def test_a_percentage_is_taken_for_what_it_is():
     with pytest.raises(ValueError, match=r"\[50, 90\]: 50 must .* below 1; did you mean 0\.5\?"):
         get_profile(pruning_ratios=[50, 90])

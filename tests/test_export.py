@@ -175,7 +175,7 @@ def test_a_picture_is_classified_where_torch_cannot_be_imported(files, picture):
 
 def test_what_is_no_picture_is_refused(files, tmp_path):
     (tmp_path / "page.png").write_text("<html>")
-    with pytest.raises(ExportError, match=r"page\.png: not a readable image"):
+    with pytest.raises(ExportError, match=r"page\.png: not a usable image"):
         classify(files[0], tmp_path / "page.png")
 
 

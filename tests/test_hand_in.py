@@ -22,14 +22,16 @@ from utils.report import ReportError
 pytest.importorskip("fpdf", reason="pip install -r requirements-handin.txt")
 
 ID = "0123456789abcdef"
+BEGAN = "2026-11-25 22:00:00"
 CFG = [4, 4, "M", 8, 8, "M", 16, 16, "M", 32, 32, "M", 32, 32]
 NOTEBOOKS = ("sparsity_train.ipynb", "vggprune.ipynb", "train_prune_model.ipynb")
 PIXEL = "iVBORw0KGgo="
 
 
-def notebook(counts: tuple = (1, 2), run: str = ID, outputs: tuple = ()) -> str:
+def notebook(counts: tuple = (1, 2), run: str = ID, outputs: tuple = (), began: str = BEGAN) -> str:
     cells = [v4.new_code_cell("x = 1", execution_count=n) for n in counts]
-    cells[0].outputs = [v4.new_output("stream", text=f"Run demo · id {run}\n"), *outputs]
+    said = f"Run demo · id {run}\nCIFAR-10, 50,000 training images · begun {began}\n"
+    cells[0].outputs = [v4.new_output("stream", text=said), *outputs]
     cells[-1].outputs.append(v4.new_output("display_data", data={"image/png": PIXEL}))
     return nbformat.writes(v4.new_notebook(cells=cells))
 
@@ -104,7 +106,7 @@ def finished_run(folder: Path) -> Path:
         checkpoint = Checkpoint("trained", CFG, network.state_dict(), history=history)
         save(checkpoints / f"trained_lambda_{l1_lambda:g}.pt", checkpoint)
     data = {"name": "CIFAR-10", "train": 50_000, "test": 10_000, "classes": list("abcdefghij")}
-    run = {"id": ID, "name": "demo", "began": "2026-11-25 22:00:00", "data": data}
+    run = {"id": ID, "name": "demo", "began": BEGAN, "data": data}
     (checkpoints / "run.json").write_text(json.dumps(run))
     return root
 
@@ -176,12 +178,24 @@ def test_what_the_course_asks_for_and_the_run_lacks_is_said(lab, capsys):
 def test_of_two_copies_of_a_notebook_the_one_that_was_run_last_is_packed(lab):
     name = NOTEBOOKS[0]
     by_hand, by_make = lab / name, lab / "figures" / "demo" / name
-    by_hand.write_text(notebook((1, 2, 3)), "utf-8")  # as in a fresh clone: of the same name
+    by_hand.write_text(notebook((1, 2, 3)), "utf-8")
     for older, newer in ((by_hand, by_make), (by_make, by_hand)):
         os.utime(older, (1e9, 1e9))
         os.utime(newer, (2e9, 2e9))
         packed = zipfile.ZipFile(hand_in("RE6121011", "demo", root=lab))
         assert packed.read(name) == newer.read_bytes()
+
+
+def test_a_notebook_that_came_with_the_lab_is_never_taken_for_the_own_run(lab, good, tmp_path):
+    """As in a fresh clone: of a run of the same name and settings, hence the same id."""
+    shipped = notebook((1, 2, 3), began="2024-01-01 00:00:00")
+    (lab / NOTEBOOKS[0]).write_text(shipped, "utf-8")
+    packed = zipfile.ZipFile(hand_in("RE6121011", "demo", root=lab))
+    assert packed.read(NOTEBOOKS[0]) == (lab / "figures" / "demo" / NOTEBOOKS[0]).read_bytes()
+    [row] = check([rezipped(good, tmp_path / good.name, {NOTEBOOKS[0]: shipped.encode()})])
+    assert row.problems == [
+        f"{NOTEBOOKS[0]}: of a run begun 2024-01-01 00:00:00, that of run.json began {BEGAN}"
+    ]
 
 
 def test_same_input_same_bytes(good):

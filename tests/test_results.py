@@ -169,6 +169,8 @@ def test_the_wrong_folder_is_named_with_the_right_one(lab):
             report(wrong)
     record()
     assert read(FOLDER / results.FILE) == read(FOLDER)  # the file itself will do, too
+    results.main(str(FOLDER / results.FILE))
+    assert (FOLDER / "README.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,10 @@ def test_save_as_cuts_the_same_networks_and_leaves_the_run_as_it_was():
     cut = kept
     other = open_run(None, save_as="floor_1", min_channels=1)
     assert other.trained_in == "first" and open_run("floor_2") == cut
+    assert "cuts the networks of the run first" in str(other)
+    begun(l1_lambdas=(0.0, 0.1, 0.2))  # one λ more: it is still a run of the same networks
+    assert open_run("first", save_as="floor_2").profile.l1_lambdas == (0.0, 0.1, 0.2)
+    assert open_run(save_as="third").profile.min_channels == run.profile.min_channels
     with pytest.raises(RunError, match="the networks of the run first"):
         begun(name="floor_2", min_channels=2)
 

@@ -122,14 +122,24 @@ def test_what_diverges_is_a_row_and_the_others_go_on():
     assert len(table()) == 4
 
 
+def test_a_fine_tuning_that_diverges_loses_nothing_that_was_measured():
+    make(ratios=(0.5,), finetune_lr=1e30)
+    row = table().loc[(0.0, 0.5, 1)]
+    assert "diverged" in row["reason"] and np.isnan(row["finetuned_accuracy"])
+    assert row[["macs", "raw_accuracy", "repaired_accuracy"]].notna().all()
+
+
 def test_what_may_go_well_next_time_is_tried_again(monkeypatch: pytest.MonkeyPatch):
     def full(*args, **options):
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "finetune", full)
-        make(ratios=(0.5,))
+        made = make(ratios=(0.5,))
     assert table().loc[(0.0, 0.5, 1), "reason"] == "MemoryError: no room"
+    sweep_report.write_page(FOLDER, made[0])
+    said = "λ = 0, seed 1, 50% pruned: MemoryError: no room"
+    assert said in (FOLDER / "README.md").read_text("utf-8")
     make(ratios=(0.5,))
     assert table().loc[(0.0, 0.5, 1)].notna()["finetuned_accuracy"]
     assert table()["reason"].isna().all()

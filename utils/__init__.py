@@ -3,7 +3,7 @@
 the method     sparsity, pruning, compensation
 its steps      choosing, stages: what notebooks, tests and sweeps call
 training       step, training, engine
-images         data, sources, prepare
+images         data, sources, pictures, prepare
 the run        config, runs, resume, checkpoint, archive, foreign, files, results
 what is shown  cost, plots, machine
 taken along    export

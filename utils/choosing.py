@@ -96,8 +96,8 @@ def choose(
         repaired = slim_repaired(networks[k].model, verdict.plan, batches)
         left = evaluate(repaired, judges).accuracy
         survive += [k] if left >= needed else []
-        said = f"{verdict.reason}; cut and repaired it has {left:.2f} % ({needed:.2f} needed)"
-        verdicts[k] = verdict._replace(reason=said)
+        has = f"cut and repaired it has {left:.2f} % on training images ({needed:.2f} needed)"
+        verdicts[k] = verdict._replace(reason=f"{verdict.reason}; {has}")
     chosen = min(survive) if survive else min(working, key=lambda k: verdicts[k].plan.mass_cut)
     return Choice(chosen, verdicts)
 
@@ -133,5 +133,6 @@ def feasible(ratios: Iterable[float], cfg: list[int | str], min_channels: int) -
     for ratio in [ratio for ratio in ratios if ratio not in kept]:
         print(f"{100 * ratio:g}% left out: min_channels = {min_channels} keeps more channels")
     if not kept:
-        raise ValueError(f"ladder_ratios = {ratios}: min_channels = {min_channels} leaves none")
+        why = f"min_channels = {min_channels} leaves none" if ratios else "name one at least"
+        raise ValueError(f"ladder_ratios = {ratios}: {why}")
     return kept

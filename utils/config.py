@@ -71,7 +71,8 @@ def _explain(error: dict, settings: dict) -> str:
     rule = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list of numbers")
     rule = re.sub(r"^\w+ should", "must", rule)
     wrong_entry = f"{error['input']!r} " if entry else ""
-    return f"{field} = {settings[field]!r}: {wrong_entry}{rule}"
+    value = settings[field] if field in settings else getattr(Profile, field)
+    return f"{field} = {value!r}: {wrong_entry}{rule}"
 
 
 def _explained(profile: type) -> type:
@@ -89,7 +90,10 @@ def _explained(profile: type) -> type:
 
 
 @_explained
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+@dataclass(
+    frozen=True,
+    config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True),
+)
 class Profile:
     """One set of hyperparameters. Wrong values raise a ValueError that names field and value.
 
@@ -233,8 +237,8 @@ def get_profile(name: str | None = None, /, **overrides) -> Profile:
     if epochs := os.environ.get("LAB_EPOCHS"):
         if not epochs.isdecimal() or int(epochs) < 1:
             raise ValueError(f"LAB_EPOCHS = {epochs!r}: must be a whole number of at least 1")
+        parts += [] if "epochs" in values else [f"{int(epochs)}_epochs"]
         values = {"epochs": int(epochs), "finetune_epochs": int(epochs)} | values
-        parts.append(f"{int(epochs)}_epochs")
     values.setdefault("name", os.environ.get("LAB_RUN") or "_".join(parts))
     return dataclasses.replace(PROFILES[profile], **values)
 

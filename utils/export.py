@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+
+from utils.pictures import read_image
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -187,10 +188,9 @@ def classify(path: str | Path, picture: str | Path) -> dict[str, float]:
     """
     opened = session(path)
     try:
-        with Image.open(picture) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB").resize(SHAPE[1:])
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ExportError(f"{picture}: not a readable image ({error}); try a PNG") from error
+        image = read_image(Path(picture)).resize(SHAPE[1:])
+    except ValueError as error:
+        raise ExportError(str(error)) from error
     pixels = (np.asarray(image, np.float32).transpose(2, 0, 1) / 255 - 0.5) / 0.5
     scores = logits(opened, pixels[None])[0]
     shares = np.exp(scores - scores.max())

@@ -105,7 +105,7 @@ class TrainPruneModel(Section):
     table: list[Row]
 
     def dense_accuracy(self) -> float:
-        """Of the network trained without penalty, in %."""
+        """Of the network trained with the weakest penalty, usually none, in %."""
         return next(row.accuracy for row in self.table if row.stage == "dense")
 
 
@@ -165,15 +165,18 @@ NEEDED = (*NOTEBOOKS, "run.json", "results.json")
 def inspect(files: Mapping[str, bytes]) -> tuple[Run | None, Results | None, list[str]]:
     """The contents of run.json and results.json, and all that is wrong with the NEEDED `files`."""
     problems = [f"{name}: missing" for name in NEEDED if name not in files]
-    ids = {}
+    ids, began = {}, {}
     for name in NOTEBOOKS:
         if name in files:
-            ids[name], wrong = _inspect_notebook(files[name])
+            (ids[name], began[name]), wrong = _inspect_notebook(files[name])
             problems += [f"{name}: {what}" for what in wrong]
     run = _read(Run, "run.json", files, problems)
     results = _read(Results, "results.json", files, problems)
     ids |= {"run.json": run.id} if run else {}
     ids |= {f"results.json, {name}": section.run for name, section in results or ()}
+    for name, when in began.items():
+        if run and when and when != run.began:
+            problems.append(f"{name}: of a run begun {when}, that of run.json began {run.began}")
     known = {name: value for name, value in ids.items() if value}
     if len(set(known.values())) > 1:
         listed = "; ".join(f"{name} of {value}" for name, value in known.items())
@@ -197,8 +200,8 @@ def _in_one_go(counts: list) -> bool:
     return numbers and bool(counts) and counts[:-1] == expected and counts[-1] >= len(counts)
 
 
-def _inspect_notebook(content: bytes) -> tuple[str | None, list[str]]:
-    """The id of the run that the outputs are of, and what is wrong with the notebook."""
+def _inspect_notebook(content: bytes) -> tuple[tuple[str | None, str | None], list[str]]:
+    """Of which run the outputs are, its id and when it began, and what is wrong with them."""
     try:
         code = [cell for cell in json.loads(content)["cells"] if cell["cell_type"] == "code"]
         code = [cell for cell in code if "".join(cell["source"]).strip()]
@@ -208,13 +211,14 @@ def _inspect_notebook(content: bytes) -> tuple[str | None, list[str]]:
         plots = any("image/png" in output.get("data", {}) for output in outputs)
         printed = "".join("".join(output.get("text", "")) for output in outputs)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, ["not a readable notebook"]
-    ids = sorted(set(re.findall(r"Run \S+ · id ([0-9a-f]{16})\b", printed)))
+        return (None, None), ["not a readable notebook"]
+    runs = sorted(set(re.findall(r"Run \S+ · id ([0-9a-f]{16})\n.* · begun (.{1,40})", printed)))
     found = {
         "not executed top to bottom in one go": not _in_one_go(counts),
         "an error in its outputs": "error" in kinds,
         "no plot in it": not plots,
-        "does not print its run": not ids,
-        f"outputs of several runs ({', '.join(ids[:4])})": len(ids) > 1,
+        "does not print its run": not runs,
+        f"outputs of several runs ({'; '.join(map(', begun '.join, runs[:4]))})": len(runs) > 1,
     }
-    return (ids[0] if len(ids) == 1 else None), [what for what, bad in found.items() if bad]
+    of_run = runs[0] if len(runs) == 1 else (None, None)
+    return of_run, [what for what, bad in found.items() if bad]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -27,6 +28,12 @@ def panels(n: int, rows: int = 1, width: float = 3.6, height: float = 3.2, **opt
     )
     plt.close(figure)
     return figure, axes
+
+
+def _along_epochs(ax: Axes) -> None:
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.grid(alpha=0.3)
 
 
 def sample_images(
@@ -53,15 +60,14 @@ def training_curves(histories: Mapping[float, Mapping[str, list[float]]], data: 
         epochs = range(1, len(rates) + 1)
         ax.plot(epochs, history["train_accuracy"], color=TRAIN, label="training accuracy")
         ax.plot(epochs, history["test_accuracy"], color=TEST, label="test accuracy")
-        for epoch in [k for k in epochs[:-1] if rates[k] < 0.2 * rates[k - 1]]:
+        for epoch in [k for k in epochs[:-1] if np.isclose(rates[k], rates[k - 1] / 10)]:
             ax.axvline(epoch + 0.5, color="gray", linewidth=1, linestyle=":", label="lr drops")
-        ax.set(title=f"λ = {l1_lambda:g}", xlabel="epoch", ylim=(0, 103))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.3)
+        ax.set(title=f"λ = {l1_lambda:g}", ylim=(-3, 103))  # 0 beside the frame
+        _along_epochs(ax)
         right = ax.twinx()
         share = 100 * np.asarray(history["sparsity"])
         right.plot(epochs, share, color=SPARSITY, linestyle="--", label="sparsity")
-        right.set_ylim(0, 103)
+        right.set_ylim(-3, 103)
         right.tick_params(axis="y", colors=SPARSITY)
         if ax is axes[0][-1]:
             right.set_ylabel("sparsity (% of the channels)", color=SPARSITY)
@@ -76,9 +82,10 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
     """γ for each λ: on one shared axis above; below, where many are small, these on their own."""
     figure, axes = panels(len(gammas), rows=2, width=4.4, height=3.0)
     # A few huge γ, as a collapsed network can have, must not squeeze all others into one bar.
-    bulk = max(min(np.abs(g).max(), 4 * np.quantile(np.abs(g), 0.975)) for g in gammas.values())
-    low = max(min(g.min() for g in gammas.values()), -bulk)
-    high = min(max(g.max() for g in gammas.values()), bulk)
+    reaches = [4 * np.quantile(np.abs(gamma), 0.975) for gamma in gammas.values()]
+    pairs = list(zip(gammas.values(), reaches, strict=True))
+    low = min(max(gamma.min(), -reach) for gamma, reach in pairs)
+    high = max(min(gamma.max(), reach) for gamma, reach in pairs)
     step = (high - low) / 60 or 1 / 60
     # Zero lies in the middle of a bar, not at the side of one.
     shared = (np.arange(np.floor(low / step), np.ceil(high / step) + 2) - 0.5) * step
@@ -94,7 +101,7 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
         top.grid(alpha=0.3)
         # Below, the scale that holds the smaller half of this network's own γ and their vicinity.
         reach = 4 * float(np.median(np.abs(gamma)))
-        if reach > bulk / 4:
+        if reach > max(-low, high) / 4:
             bottom.text(0.5, 0.5, f"λ = {l1_lambda:g}: few γ are small", ha="center", va="center")
             bottom.axis("off")
             continue
@@ -103,7 +110,7 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
         bottom.hist(zoomed, bins=np.linspace(-reach, reach, 62), color=SPARSITY)
         bottom.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
         bottom.set(
-            title=f"λ = {l1_lambda:g}: {len(zoomed) / len(gamma):.0%} have |γ| ≤ {reach:.0e}",
+            title=f"λ = {l1_lambda:g}: {len(zoomed) / len(gamma):.0%} have |γ| ≤ {reach:.2g}",
             xlabel="scaling factor γ",
         )
         bottom.grid(alpha=0.3)
@@ -127,13 +134,11 @@ def sorted_gammas(
     for (ratio, (l1_lambda, threshold)), color in zip(
         cuts.items(), itertools.cycle(plt.cm.tab10.colors[1:]), strict=False
     ):
-        ax.axvline(100 * ratio, color=color, linewidth=1)
-        ax.axhline(
-            threshold,
-            color=color,
-            linestyle="--",
+        # Along the threshold to where the cut falls, and down.
+        ax.plot(
+            [0, 100 * ratio, 100 * ratio], [threshold, threshold, 0], color=color, linestyle="--",
             label=f"{100 * ratio:g}% of λ = {l1_lambda:g}: threshold {threshold:.2g}",
-        )
+        )  # fmt: skip
     ax.set(
         yscale="log",
         xlabel="channels, from the smallest |γ| to the largest (%)",
@@ -210,9 +215,9 @@ def finetuning_curves(
         test = [right_after[name], *history["test_accuracy"]]
         ax.plot(range(len(test)), test, color=TEST, label="test (epoch 0: before)")
         ax.axhline(dense_accuracy, color="gray", linestyle=":", label="dense network, test")
-        ax.set(title=f"{name}: {test[-1]:.2f} %", xlabel="epoch", xlim=(0, len(epochs)))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.3)
+        ax.plot(0, test[0], color=TEST, marker="o", clip_on=False)
+        ax.set(title=f"{name}: test {test[-1]:.2f} %", xlim=(0, len(epochs)))
+        _along_epochs(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("accuracy (%)")
     handles = axes[0][0].get_legend_handles_labels()
@@ -250,9 +255,8 @@ class LiveCurve:
         )  # fmt: skip
         share = 100 * np.asarray(sparsity)
         ax.plot(epochs, share, color=SPARSITY, linestyle="--", label="sparsity")
-        ax.set(title=self.title, xlabel="epoch", ylabel="%", ylim=(0, 103))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.3)
+        ax.set(title=self.title, ylabel="share (%)", ylim=(-3, 103))
+        _along_epochs(ax)
         figure.legend(loc="outside right center", fontsize=8)
         return figure
 
@@ -309,8 +313,8 @@ def summary(table: Sequence[Mapping[str, object]], data: str) -> Figure:
         bars = ax.barh(names, values, color=[colors[row["stage"]] for row in table])
         ax.bar_label(bars, [form.format(v) for v in values], padding=8, fontsize=9)
         ax.set(title=column, xlim=(0, 1.5 * max(values)))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.spines[["top", "right", "bottom"]].set_visible(False)
+        ax.set_xticks([])  # each bar says its number
     if raw:
         marks = {"color": "black", "marker": "|", "markersize": 16, "markeredgewidth": 2}
         axes[0][0].plot(*zip(*raw, strict=True), linestyle="none", label="raw cut", **marks)

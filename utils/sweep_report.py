@@ -41,8 +41,13 @@ def write_page(folder: Path, run: Run) -> None:
         draws.append(sparsity_against_lambda)
     for draw in draws:
         save(draw(table, images), folder / f"{draw.__name__}.png")
-    failed = table[(table["pruning_ratio"] == 0) & table["reason"].notna()]
-    reasons = [f"- λ = {r.l1_lambda:g}, seed {r.seed}: {r.reason}" for r in failed.itertuples()]
+    # A cut that only repeats what is wrong with its training adds nothing.
+    repeats = table["reason"].astype(str).str.startswith(("not fine-tuned:", "not trained:"))
+    reasons = [
+        f"- λ = {r.l1_lambda:g}, seed {r.seed}, "
+        f"{f'{100 * r.pruning_ratio:g}% pruned' if r.pruning_ratio else 'trained'}: {r.reason}"
+        for r in table[table["reason"].notna() & ~repeats].itertuples()
+    ]
     settings = (
         f"{images}, VGG-{profile.depth} at width {profile.width:g}, {profile.epochs} + "
         f"{profile.finetune_epochs} epochs, {table['seed'].nunique()} seeds, {profile.precision}, "
@@ -52,7 +57,7 @@ def write_page(folder: Path, run: Run) -> None:
         "Test accuracy in %, mean ± deviation over the seeds: of the trained networks, and of the "
         "slim ones after fine-tuning.",
         markdown(_means(table)),
-        *(["Not fine-tuned:", "\n".join(reasons)] if reasons else []),
+        *(["Not done, or not gone on with:", "\n".join(reasons)] if reasons else []),
     ]
     compose_page(folder, settings, run.machine, *body, by="scripts.sweep", source=TABLE)
 
@@ -126,7 +131,8 @@ def accuracy_against_ratio(table: pd.DataFrame, data: str) -> Figure:
         rows = table[table["l1_lambda"] == l1_lambda]
         for column, name in names.items():
             _mean_line(ax, rows, "pruning_ratio", column, label=name)
-        ax.axhline(rows["trained_accuracy"].mean(), color="gray", ls=":", label="before the cut")
+        before = rows["trained_accuracy"][rows["pruning_ratio"] == 0].mean()
+        ax.axhline(before, color="gray", ls=":", label="before the cut")
         ax.set(title=f"λ = {l1_lambda:g}", xlabel="channels pruned (%)", ylim=(0, 103))
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%)")

@@ -147,7 +147,10 @@ def _cut(task: Task) -> dict:
         }
         if why := _why_useless(task, data, trained):
             return row | {"reason": f"not fine-tuned: {why}"}
-        history = stages.finetune(run, data, slimmed).history
+        try:
+            history = stages.finetune(run, data, slimmed).history
+        except DivergenceError as error:
+            return row | {"reason": str(error)}
     return row | {"finetuned_accuracy": history.test_accuracy[-1]}
 
 
