@@ -144,7 +144,7 @@ def _rows(trained: dict, cut: dict, tuned: dict) -> dict[str, list[dict]]:
             for c in cut.get("cuts", [])
         ],
         "networks": [
-            {k: v for k, v in row.items() if k != "stage" and not k.startswith("ONNX")}
+            {k: v for k, v in row.items() if k != "stage" and not k.endswith("(kB)")}
             for row in tuned.get("table", [])
         ],
         "latency": list(latency.values()),
