@@ -103,7 +103,7 @@ def main() -> None:
         sparse, dense = (stages.train(run, held, strength).model for strength in (l1_lambda, 0.0))
         for way, change in ways(profile).items():
             # The passes share their first training; no other files of theirs have the same name.
-            shared = "passes" if "passes" in way else way
+            shared = "passes" if change.get("multipass_ratios") else way
             folder = re.sub(r"\W+", "_", f"{run.name} {shared}")
             own = replace(named, precision=run.profile.precision, name=folder, **change)
             of_its_own = replace(run, profile=own)

@@ -83,9 +83,8 @@ def gamma_distributions(gammas: Mapping[float, np.ndarray], data: str) -> Figure
     figure, axes = panels(len(gammas), rows=2, width=4.4, height=3.0)
     # A few huge γ, as a collapsed network can have, must not squeeze all others into one bar.
     reaches = [4 * np.quantile(np.abs(gamma), 0.975) for gamma in gammas.values()]
-    pairs = list(zip(gammas.values(), reaches, strict=True))
-    low = min(max(gamma.min(), -reach) for gamma, reach in pairs)
-    high = max(min(gamma.max(), reach) for gamma, reach in pairs)
+    bulks = [g.clip(-reach, reach) for g, reach in zip(gammas.values(), reaches, strict=True)]
+    low, high = min(bulk.min() for bulk in bulks), max(bulk.max() for bulk in bulks)
     step = (high - low) / 60 or 1 / 60
     # Zero lies in the middle of a bar, not at the side of one.
     shared = (np.arange(np.floor(low / step), np.ceil(high / step) + 2) - 0.5) * step

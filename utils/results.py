@@ -75,9 +75,14 @@ def _cut(results: dict) -> str:
     return json_digest(said)
 
 
+def _folder(path: str | Path) -> Path:
+    """`path`, or the folder it lies in if it is the file itself."""
+    return Path(path).parent if Path(path).name == FILE else Path(path)
+
+
 def read(folder: str | Path) -> dict:
     """The results in `folder`. Raises ValueError, naming the way out, if there are none to read."""
-    path = Path(folder) / FILE if Path(folder).name != FILE else Path(folder)
+    path = _folder(folder) / FILE
     if not path.exists():
         raise ValueError(f"{path.resolve()}: no results here; give the folder figures/<run>")
     try:
@@ -228,7 +233,7 @@ def main(argument: str) -> None:
     if path.suffix == ".md":
         write_whole(path, refresh(path.read_text("utf-8")).encode("utf-8"))
     else:
-        folder = path.parent if path.name == FILE else path
+        folder = _folder(path)
         write_page(folder)
         print(report(folder))
 

@@ -141,7 +141,7 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
         known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
         there = f"there are {', '.join(known)}" if known else "there is none yet"
         raise RunError(f"run_name = {name!r}: no such run ({there}); run sparsity_train.ipynb")
-    run = _read(file)
+    run = before = _read(file)
     for name in decided.keys() - {*CUT, *FINETUNE}:
         raise RunError(f"{name}: was decided when the run was trained; begin another run for it")
     if save_as and save_as != run.name:
@@ -149,11 +149,12 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
             run = _read(Path("checkpoints") / run.trained_in / "run.json")
         file = Path("checkpoints") / save_as / "run.json"
         new = dataclasses.replace(_with(run, name=save_as), trained_in=run.name)
-        run = _with(_read(file) if file.exists() else new, l1_lambdas=new.profile.l1_lambdas)
+        before = _read(file) if file.exists() else None
+        run = _with(before or new, l1_lambdas=new.profile.l1_lambdas)
         if (run.trained_in, run.id) != (new.trained_in, new.id):
             raise RunError(f"save_as = {save_as!r}: a run of other networks is there; name another")
     run = _with(run, **{k: v for k, v in decided.items() if v is not None})
-    if not file.exists() or run != _read(file):
+    if run != before:
         _write(run)
     return _last(run)
 

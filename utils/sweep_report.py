@@ -15,7 +15,7 @@ from utils.files import write_whole
 from utils.plots import panels, save
 from utils.results import compose_page, markdown
 from utils.runs import Run
-from utils.sweeps import CELL, COLUMNS
+from utils.sweeps import CELL, COLUMNS, NOT_FINETUNED, NOT_TRAINED
 
 TABLE = "results.csv"
 
@@ -41,8 +41,7 @@ def write_page(folder: Path, run: Run) -> None:
         draws.append(sparsity_against_lambda)
     for draw in draws:
         save(draw(table, images), folder / f"{draw.__name__}.png")
-    # A cut that only repeats what is wrong with its training adds nothing.
-    repeats = table["reason"].astype(str).str.startswith(("not fine-tuned:", "not trained:"))
+    repeats = table["reason"].astype(str).str.startswith((NOT_TRAINED, NOT_FINETUNED))
     reasons = [
         f"- λ = {r.l1_lambda:g}, seed {r.seed}, "
         f"{f'{100 * r.pruning_ratio:g}% pruned' if r.pruning_ratio else 'trained'}: {r.reason}"

@@ -36,6 +36,8 @@ COLUMNS = (
 )  # fmt: skip
 """Of the table; accuracies are in % of the test images, sparsity is that of the trained network.
 A pruning_ratio of 0 is the trained network itself. `reason`: why a number is missing."""
+NOT_TRAINED, NOT_FINETUNED = "not trained: ", "not fine-tuned: "
+"""What the `reason` of a cut begins with that only repeats what is wrong with its training."""
 HandOut = Callable[[list["Task"]], Iterator[dict]]
 """Has tasks done, and yields their rows as they come."""
 DONE_ELSEWHERE = ("l1_lambdas", "pruning_ratios", "multipass_ratios")
@@ -146,7 +148,7 @@ def _cut(task: Task) -> dict:
             "repaired_accuracy": _accuracy(slimmed, data, profile),
         }
         if why := _why_useless(task, data, trained):
-            return row | {"reason": f"not fine-tuned: {why}"}
+            return row | {"reason": NOT_FINETUNED + why}
         try:
             history = stages.finetune(run, data, slimmed).history
         except DivergenceError as error:
@@ -191,7 +193,7 @@ def missing_rows(runs: Iterable[Run], hand_out: HandOut) -> Iterator[dict]:
     tasks = []
     for task in itertools.chain.from_iterable(map(cuts, first)):
         if why := failed.get((task.l1_lambda, task.run.profile.seed)):
-            yield task.row(reason=f"not trained: {why}")
+            yield task.row(reason=NOT_TRAINED + why)
         elif not finished(task):
             tasks.append(task)
     yield from hand_out(tasks)
