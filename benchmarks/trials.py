@@ -1,7 +1,8 @@
-"""How to cut hard: ways to the hardest ratio, judged on training images that were held out.
+"""How to cut, and to fine-tune: ways to a ratio, judged on training images that were held out.
 
     .venv/bin/python -m benchmarks.trials                      # quick, minutes
     .venv/bin/python -m benchmarks.trials --profile laptop     # hours; goes on where it was stopped
+    .venv/bin/python -m benchmarks.trials --help               # another ratio, some of the ways
 
 A fifth of the training images takes the place of the test images, so that what is chosen here can
 still be tested on those. Each way changes one thing of a single cut as the profile has it (a
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from models.vgg import VGG
 from utils import stages
@@ -39,6 +41,7 @@ def ways(profile: Profile) -> dict[str, dict]:
     hardest, epochs = max(profile.pruning_ratios), profile.finetune_epochs
     floor = profile.min_channels
     milder = [round(share * hardest, 2) for share in (0.78, 0.92)]  # 0.7 and 0.83 before 0.9
+    faster = {"finetune_lr": 2 * profile.finetune_lr}
     half = {f"a floor of {floor // 2}": once | {"min_channels": floor // 2}} if floor > 1 else {}
     return {
         BASE: once,
@@ -47,6 +50,9 @@ def ways(profile: Profile) -> dict[str, dict]:
         **half,
         "no crop": once | {"crop_padding": 0},
         "schedule: step, lr 0.1": once | {"finetune_schedule": "step", "finetune_lr": 0.1},
+        "twice the lr": once | faster,
+        "weight decay 5e-4": once | {"weight_decay": 5e-4},
+        "twice the lr, weight decay 5e-4": once | faster | {"weight_decay": 5e-4},
         "distillation 0.5": once | {"distillation": 0.5},
         f"{3 * epochs} epochs": once | {"finetune_epochs": 3 * epochs},
         UNPENALIZED: once,
@@ -56,8 +62,9 @@ def ways(profile: Profile) -> dict[str, dict]:
 
 
 def reached(
-    run: Run, data: ImageData, l1_lambda: float, network: VGG, dense: VGG, plan: PruningPlan | None
-) -> dict:
+    run: Run, data: ImageData, l1_lambda: float, network: VGG, dense: VGG | None,
+    plan: PruningPlan | None,
+) -> dict:  # fmt: skip
     """The accuracy on the held-out images of what one way, the profile of `run`, makes of
     `network`, and its cost; cut by `plan`, if there is one, instead of by the profile's ratios."""
     profile = run.profile
@@ -72,6 +79,38 @@ def reached(
         "MACs (M)": macs(network) / 1e6,
         "epochs after the first cut": (len(ratios) - 1) * profile.epochs + profile.finetune_epochs,
     }
+
+
+def one_seed(
+    profile: Profile, held: ImageData, device: torch.device, l1_lambda: float, chosen: list[str]
+) -> list[dict]:
+    """A row for each of the `chosen` ways, all of networks trained with the profile's seed."""
+    named = replace(profile, name=f"{profile.name}_trials_seed_{profile.seed}")
+    run = begin(named, held, device, remember=False)
+    sparse = stages.train(run, held, l1_lambda).model
+    needs_dense = {UNPENALIZED, "distillation 0.5"} & {*chosen}
+    dense = stages.train(run, held, 0.0).model if needs_dense else None
+    rows = []
+    for way, change in ways(profile).items():
+        if way not in chosen:
+            continue
+        # The passes share their first training; no other files of theirs have the same name.
+        shared = "passes" if change.get("multipass_ratios") else way
+        folder = re.sub(r"\W+", "_", f"{run.name} {shared}")
+        own = replace(named, precision=run.profile.precision, name=folder, **change)
+        of_its_own = replace(run, profile=own)
+        network = dense if way == UNPENALIZED else sparse
+        plan = None
+        if way == SAME_MACS:
+            share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse)
+            try:
+                plan = plan_pruning(sparse, macs=share, min_channels=change["min_channels"])
+            except ValueError as error:
+                print(f"{way}: left out, {error}")
+                continue
+        found = reached(of_its_own, held, l1_lambda, network, dense, plan)
+        rows.append({"way": way, "seed": profile.seed, **found})
+    return rows
 
 
 def compare(rows: pd.DataFrame) -> pd.DataFrame:
@@ -89,38 +128,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--l1-lambda", type=float, help="default: the profile's second")
+    parser.add_argument("--ratio", type=float, help="default: the profile's hardest")
+    parser.add_argument("--ways", nargs="+", help=f"default: all; {BASE!r} is always one")
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, 100), metavar="N")
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     given = parser.parse_args()
     profile, device = get_profile(given.profile), pick_device()
     l1_lambda = profile.l1_lambdas[1] if given.l1_lambda is None else given.l1_lambda
+    if given.ratio is not None:
+        profile = replace(profile, pruning_ratios=(given.ratio,))
+    known = [*ways(profile)]
+    if unknown := {*(given.ways or ())} - {*known}:
+        parser.error(f"--ways: {', '.join(sorted(unknown))}: must be of: {', '.join(known)}")
+    chosen = [BASE, *given.ways] if given.ways else known
     data = load_data(profile.data).to(device)
     held = data.hold_out(len(data.train_labels) // 5)
     rows = []
     for seed in range(1, given.seeds + 1):
-        named = replace(profile, seed=seed, name=f"{profile.name}_trials_seed_{seed}")
-        run = begin(named, held, device, remember=False)
-        sparse, dense = (stages.train(run, held, strength).model for strength in (l1_lambda, 0.0))
-        for way, change in ways(profile).items():
-            # The passes share their first training; no other files of theirs have the same name.
-            shared = "passes" if change.get("multipass_ratios") else way
-            folder = re.sub(r"\W+", "_", f"{run.name} {shared}")
-            own = replace(named, precision=run.profile.precision, name=folder, **change)
-            of_its_own = replace(run, profile=own)
-            network = dense if way == UNPENALIZED else sparse
-            plan = None
-            if way == SAME_MACS:
-                share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse)
-                try:
-                    plan = plan_pruning(sparse, macs=share, min_channels=change["min_channels"])
-                except ValueError as error:
-                    print(f"{way}: left out, {error}")
-                    continue
-            found = reached(of_its_own, held, l1_lambda, network, dense, plan)
-            rows.append({"way": way, "seed": seed, **found})
-    print(f"{profile.name}, λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
+        rows += one_seed(replace(profile, seed=seed), held, device, l1_lambda, chosen)
+    ratio = max(profile.pruning_ratios)
+    print(f"{profile.name}, {ratio:.0%} of λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
     print(compare(pd.DataFrame(rows)).round(2).to_string())
     report = {"machine": describe_machine(device), "profile": profile.name, "data": held.name}
+    report |= {"l1_lambda": l1_lambda, "pruning_ratio": ratio}
     if given.out:
         write_json(given.out, report | {"runs": rows})
 

@@ -49,6 +49,8 @@ def test_each_way_of_a_trial_changes_one_thing_of_a_cut_at_once():
     ways = trials.ways(profile)
     base = ways.pop(trials.BASE)
     assert ways.pop(trials.UNPENALIZED) == base  # of another network
+    both = ways.pop("twice the lr, weight decay 5e-4")
+    assert both == ways["twice the lr"] | ways["weight decay 5e-4"]
     for way in ways.values():
         changed = {k for k, v in way.items() if v != base.get(k)}
         assert len(changed) == 1 or changed == {"finetune_schedule", "finetune_lr"}

@@ -65,6 +65,14 @@ def test_the_forecast_says_how_long_and_what_is_shorter_if_that_is_long(seconds,
     assert re.match(said, machine.forecast(seconds, "5 epochs"))
 
 
+def test_on_a_gpu_a_notebooks_float32_is_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert machine.set_up([Path("/content/lab")]) == torch.device("cuda")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_set_up_says_where_it_runs_and_which_other_lab_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here, other = Path("/content/lab"), Path("/content/drive/lab copy")

@@ -13,6 +13,7 @@ import nbformat
 import pandas as pd
 import pytest
 
+from benchmarks import trials
 from benchmarks.parity import compare
 from utils.results import NOTEBOOKS, read, refresh, report
 
@@ -182,13 +183,15 @@ def test_the_speed_in_the_page_is_that_of_the_recorded_benchmarks():
 
 def test_the_trials_in_the_page_are_those_recorded():
     readme = (ROOT / "benchmarks/README.md").read_text("utf-8")
-    recorded = json.loads((ROOT / "benchmarks/trials_quick.json").read_text("utf-8"))["runs"]
-    reached: dict[str, list[float]] = {}
-    for row in recorded:
-        reached.setdefault(row["way"], []).append(row["accuracy (%)"])
-    for way, accuracies in reached.items():
-        mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
-        assert f"| {way} | {mean:.1f} ± {deviation:.1f} |" in readme
+    files = sorted(ROOT.glob("benchmarks/trials_*.json"))
+    assert files
+    for file in files:
+        table = trials.compare(pd.DataFrame(json.loads(file.read_text("utf-8"))["runs"]))
+        for way, row in table.iterrows():
+            reached = f"{row['accuracy (%)']:.1f} ± {row['± (standard deviation)']:.1f}"
+            gain, errors = row["gain"], row["gain in standard errors"]
+            compared = "|  |  |" if way == trials.BASE else f"| {gain:+.1f} | {errors:.1f} |"
+            assert f"| {way} | {reached} {compared} {row['MACs (M)']:.2f} |" in readme
 
 
 def test_the_latency_in_the_page_is_that_of_the_recorded_benchmark():

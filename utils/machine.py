@@ -21,6 +21,8 @@ def set_up(labs: Sequence[Path]) -> torch.device:
         print(f"(another copy of the lab, not used: {other})")
     pd.set_option("display.max_colwidth", None)  # a reason in a table is shown to its end
     device = pick_device()
+    # In a notebook float32 is float32 on a GPU, too: its checks allow for rounding, not for TF32's.
+    torch.backends.cudnn.allow_tf32 = False
     print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     return device
 

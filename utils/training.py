@@ -69,7 +69,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Eval
     """Loss and accuracy over (images, labels) batches, in float32, with the running BN statistics.
 
     Leaves `model` in the mode it was in. Raises ValueError without a batch. (On a GPU of compute
-    capability 8 or more torch computes float32 convolutions in TF32.)
+    capability 8 or more torch computes float32 convolutions in TF32, except in the notebooks.)
     """
     was_training = model.training
     model.eval()
