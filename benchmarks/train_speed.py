@@ -245,6 +245,7 @@ def main() -> None:
     options = parser.parse_args()
 
     device, profile = pick_device(), get_profile(options.profile)
+    torch.backends.cudnn.allow_tf32 = True  # torch's default, which the plain loop leaves on
     figures = {}
     if device.type == "cuda":  # first, so that it is cold
         seconds = whole_lab(profile, random_data(50_000, tests=10_000).to(device))

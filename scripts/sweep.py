@@ -2,8 +2,9 @@
 
 make sweep PROFILE=quick, or python -m scripts.sweep --profile quick --lambdas 0 1e-3 --seeds 1 2.
 LAB_CLUSTER=tcp://host:8786 sends the tasks to a Dask cluster, whose machines all work in this very
-folder (a shared one) with as many workers as cores, of one thread each. What comes out lies in
-figures/<profile>_sweep/: results.csv, its figures, README.md.
+folder (a shared one) with as many workers as cores, of one thread each (with GPUs: one for each
+GPU, told apart by CUDA_VISIBLE_DEVICES). What comes out lies in figures/<profile>_sweep/:
+results.csv, its figures, README.md.
 """
 
 import argparse

@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "reliability: a row of the table; its docstring says what")
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped without one")
     soak = config.getoption("--soak")
     hypothesis.settings.load_profile("soak" if soak else "default")
     if config.option.seed is None:  # two long runs are not to try the same
@@ -30,8 +31,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts from the same random state and environment, whatever ran before it."""
+def _alone(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Every test starts from the same random state and environment, whatever ran before it, and
+    computes on the CPU, in processes that it starts, too, unless it is marked `cuda`."""
+    if request.node.get_closest_marker("cuda"):
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA GPU")
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     torch.manual_seed(0)
     for name in ("PROFILE", "DATA", "EPOCHS", "RUN", "CWD", "LAST_RUN"):
         monkeypatch.setenv(f"LAB_{name}", "")  # what the test itself leaves there goes again

@@ -22,8 +22,6 @@ from utils.engine import (
 )
 from utils.step import TrainStep
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
 # --- choosing ------------------------------------------------------------------------------------
 
 
@@ -201,7 +199,7 @@ def assert_like(step: TrainStep, other: TrainStep, **tolerances) -> None:
     assert_close(found, wanted, **tolerances)
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_a_replayed_graph_computes_what_single_launches_do(exact_cuda, with_teacher):
     teacher = tiny_model(seed=5).cuda().eval() if with_teacher else None
@@ -215,7 +213,7 @@ def test_a_replayed_graph_computes_what_single_launches_do(exact_cuda, with_teac
     assert graphed.read() == pytest.approx(eager.read(), rel=1e-5)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_the_gpu_computes_what_the_cpu_does(exact_cuda):
     gpu, cpu = gpu_step(graph=True), step_with("float32")
     for k in range(3):
@@ -224,7 +222,7 @@ def test_the_gpu_computes_what_the_cpu_does(exact_cuda):
     assert_like(gpu, cpu, rtol=1e-3, atol=1e-4)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_a_graph_never_waits_for_the_device(exact_cuda):
     step, inputs = gpu_step(graph=True), on_gpu(batch())
     step(*inputs)
@@ -235,7 +233,7 @@ def test_a_graph_never_waits_for_the_device(exact_cuda):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_run_on_the_gpu_resumes_from_any_epoch(tmp_path, exact_cuda, precision):
     how = {"model": tiny_model().cuda(), "profile": tiny_profile(precision=precision)}

@@ -18,12 +18,19 @@ def test_describe_machine_says_hardware_threads_and_versions():
     assert said["device"] and json.loads(json.dumps(said)) == said
 
 
+def test_with_a_gpu_the_cpu_is_named_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    said = machine.describe_machine("cuda")
+    assert (said["device"], said["processor"]) == ("a GPU", machine.processor())
+
+
 @pytest.mark.parametrize(
     ("mac", "word"), [(False, "No GPU found"), (True, "The GPU of this Mac is not used")]
 )
 def test_without_cuda_the_cpu_is_taken_with_a_word_on_what_suits_it(monkeypatch, capsys, mac, word):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mac)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     assert machine.pick_device() == torch.device("cpu")
     said = capsys.readouterr().out
     assert said.startswith(word) and all(w in said for w in ("CPU", "quick", "laptop"))
@@ -31,8 +38,18 @@ def test_without_cuda_the_cpu_is_taken_with_a_word_on_what_suits_it(monkeypatch,
 
 def test_with_a_gpu_it_is_taken_without_a_word(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert machine.pick_device() == torch.device("cuda")
     assert capsys.readouterr().out == ""
+    assert not torch.backends.cudnn.allow_tf32  # float32 is float32
+
+
+def test_a_gpu_that_this_torch_can_not_use_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert machine.pick_device() == torch.device("cpu")
+    assert re.search("torch .* without CUDA.*driver.*pytorch.org", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +80,6 @@ def test_a_package_that_is_missing_or_too_old_is_named(tmp_path, line, said):
 )
 def test_the_forecast_says_how_long_and_what_is_shorter_if_that_is_long(seconds, said):
     assert re.match(said, machine.forecast(seconds, "5 epochs"))
-
-
-def test_on_a_gpu_a_notebooks_float32_is_float32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert machine.set_up([Path("/content/lab")]) == torch.device("cuda")
-    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_set_up_says_where_it_runs_and_which_other_lab_is_not_used(monkeypatch, capsys):

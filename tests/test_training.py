@@ -603,3 +603,17 @@ def test_a_gpu_too_small_for_the_batch_is_told_by_the_batch_size(monkeypatch):
         fit(tiny_model(), tiny_data(), tiny_profile())
     with pytest.raises(MemoryError, match="batch_size = 10: too large"):
         seconds_per_epoch(tiny_model(), tiny_data(), tiny_profile())
+
+
+def test_a_gpu_too_small_for_testing_is_told_by_the_test_batch_size(monkeypatch):
+    forward = VGG.forward
+
+    def too_much(model, images):
+        if model.training:
+            return forward(model, images)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VGG, "forward", too_much)
+    for task in (fit, seconds_per_epoch):
+        with pytest.raises(MemoryError, match="test_batch_size = 1000: too large"):
+            task(tiny_model(), tiny_data(), tiny_profile())

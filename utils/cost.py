@@ -67,8 +67,7 @@ def latency(
 ) -> float:
     """Seconds for one batch on the model's device, `eager`, float32: the median.
 
-    `options` are those of `take_turns`. (On a GPU of compute capability 8 or more torch computes
-    float32 convolutions in TF32, except in the notebooks.)
+    `options` are those of `take_turns`.
     """
     images = torch.randn(batch_size, *input_shape, device=next(model.parameters()).device)
     step = {"": eager(model, images)}

@@ -73,12 +73,15 @@ def make_step(model: nn.Module, profile: Profile, engine: Engine, **options) -> 
 
 
 @contextmanager
-def fits_in_memory(batch_size: int) -> Iterator[None]:
+def fits_in_memory(setting: str, value: int) -> Iterator[None]:
     """Raise MemoryError that names the setting if a GPU is too small for what runs inside."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise MemoryError(f"batch_size = {batch_size}: too large for this GPU; lower it") from error
+        raise MemoryError(
+            f"{setting} = {value}: too large for this GPU; lower it, or shut down what else holds "
+            "its memory, such as other notebooks (nvidia-smi lists it)"
+        ) from error
 
 
 def seconds_per_epoch(model: nn.Module, data: ImageData, profile: Profile) -> float:
@@ -90,15 +93,15 @@ def seconds_per_epoch(model: nn.Module, data: ImageData, profile: Profile) -> fl
     copied = copy.deepcopy(model)
     step = make_step(copied, profile, engine, l1_lambda=0.0)
     images, labels = next(data.plain_batches("train", profile.batch_size))
-    with fits_in_memory(profile.batch_size):
+    with fits_in_memory("batch_size", profile.batch_size):
         _seconds(lambda: step(images, labels))  # warms up
         training = min(_seconds(lambda: step(images, labels)) for _ in range(2))
     images, _ = next(data.plain_batches("test", profile.test_batch_size))
     images = images.contiguous(memory_format=torch.channels_last)
     copied.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), fits_in_memory("test_batch_size", profile.test_batch_size):
         if engine.device == "cuda":
-            copied(images)  # a GPU's first call loads kernels
+            _seconds(lambda: copied(images))  # a GPU's first call loads kernels
         testing = _seconds(lambda: copied(images))
     batches = len(data.train_labels) / profile.batch_size
     return training * batches + testing * len(data.test_labels) / len(images)

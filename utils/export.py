@@ -80,7 +80,7 @@ def check_parity(model: "VGG", path: str | Path, images: "Tensor") -> float:
 
     from utils.cost import fold_bn
 
-    with torch.inference_mode():  # a GPU would compute in TF32
+    with torch.inference_mode():
         expected = fold_bn(model).cpu()(images.cpu()).numpy()
     found = logits(session(path), images.cpu().numpy())
     difference = float(np.abs(found - expected).max())

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,20 +22,30 @@ def set_up(labs: Sequence[Path]) -> torch.device:
         print(f"(another copy of the lab, not used: {other})")
     pd.set_option("display.max_colwidth", None)  # a reason in a table is shown to its end
     device = pick_device()
-    # In a notebook float32 is float32 on a GPU, too: its checks allow for rounding, not for TF32's.
-    torch.backends.cudnn.allow_tf32 = False
     print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     return device
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU, with a printed line that names what suits it."""
+    """CUDA where there is one, else the CPU, with a printed line that names what suits it.
+
+    On CUDA float32 is float32 from then on: torch would compute its convolutions in TF32, whose
+    rounding is coarser than the lab's checks and comparisons allow.
+    """
     if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False
         return torch.device("cuda")
     _keep_freed_memory()
-    mac = torch.backends.mps.is_available()
+    missing = "No GPU found"
+    if torch.backends.mps.is_available():
+        missing = "The GPU of this Mac is not used"
+    elif shutil.which("nvidia-smi"):  # pip's torch for Windows, for one, is without CUDA
+        missing = (
+            f"No GPU that torch {torch.__version__} can use: it is a build without CUDA, or the "
+            "driver is too old for it (pytorch.org, Get started, has the command that fits)"
+        )
     print(
-        "The GPU of this Mac is not used" if mac else "No GPU found",
+        missing,
         "— running on the CPU, for which the profiles quick (minutes) and laptop (a few hours) are "
         "made. In Colab: Runtime → Change runtime type → GPU.",
     )
@@ -101,8 +112,10 @@ def describe_machine(device: torch.device | str) -> dict[str, str | int]:
     """Hardware, threads and versions: what a measured figure must be read with."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
+    # With a GPU the CPU counts, too: it computes the latencies, ONNX and int8.
+    gpu = {"device": torch.cuda.get_device_name(device), "processor": processor()} if on_gpu else {}
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        **(gpu or {"device": processor()}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "numpy")},

@@ -68,8 +68,7 @@ def learning_rate(profile: Profile, epoch: int) -> float:
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
     """Loss and accuracy over (images, labels) batches, in float32, with the running BN statistics.
 
-    Leaves `model` in the mode it was in. Raises ValueError without a batch. (On a GPU of compute
-    capability 8 or more torch computes float32 convolutions in TF32, except in the notebooks.)
+    Leaves `model` in the mode it was in. Raises ValueError without a batch.
     """
     was_training = model.training
     model.eval()
@@ -105,10 +104,11 @@ def fit(
 ) -> History:
     """Train `model` in place, on its device: SGD on loss + λ·Σ|γ| (Liu et al. 2017, eq. 1).
 
-    `penalty(model, l1_lambda)` adds the penalty's gradient to γ.grad. `teacher` adds its
-    predictions to the targets, weighted by `profile.distillation`. With `checkpoint`, the last
-    finished epoch is saved there as a file of this `kind`: at the end, and before it at most every
-    `save_every` seconds. Called again, the run goes on after it; a run that is finished just
+    `penalty(model, l1_lambda)` adds the penalty's gradient to γ.grad; on a GPU it is recorded once
+    and replayed, so it may depend on the model and λ only, not on a count of its own. `teacher`
+    adds its predictions to the targets, weighted by `profile.distillation`. With `checkpoint`, the
+    last finished epoch is saved there as a file of this `kind`: at the end, and before it at most
+    every `save_every` seconds. Called again, the run goes on after it; a run that is finished just
     loads. `label` names the training on the progress bar; `on_epoch` is called after each epoch,
     and at once with the epochs of a run that goes on. `quiet`: one line for all epochs together.
 
@@ -194,12 +194,13 @@ def _run_epoch(
         crop_padding=profile.crop_padding,
         flip=profile.flip,
     )
-    with fits_in_memory(profile.batch_size):
+    with fits_in_memory("batch_size", profile.batch_size):
         for images, labels in batches:
             step(images, labels)
             bar.update()
     loss, accuracy = step.read()
-    test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
+    with fits_in_memory("test_batch_size", profile.test_batch_size):
+        test = evaluate(step.model, data.plain_batches("test", profile.test_batch_size))
     _require_sound(step.model, loss, test.loss, step.l1_lambda, lr, epoch)
     return {
         "lr": lr,
