@@ -82,18 +82,20 @@ def reached(
 
 
 def one_seed(
-    profile: Profile, held: ImageData, device: torch.device, l1_lambda: float, chosen: list[str]
+    profile: Profile,
+    held: ImageData,
+    device: torch.device,
+    l1_lambda: float,
+    chosen: dict[str, dict],
 ) -> list[dict]:
-    """A row for each of the `chosen` ways, all of networks trained with the profile's seed."""
+    """A row for each way of `chosen`, all of networks trained with the profile's seed."""
     named = replace(profile, name=f"{profile.name}_trials_seed_{profile.seed}")
     run = begin(named, held, device, remember=False)
     sparse = stages.train(run, held, l1_lambda).model
-    needs_dense = {UNPENALIZED, "distillation 0.5"} & {*chosen}
+    needs_dense = UNPENALIZED in chosen or any("distillation" in way for way in chosen.values())
     dense = stages.train(run, held, 0.0).model if needs_dense else None
     rows = []
-    for way, change in ways(profile).items():
-        if way not in chosen:
-            continue
+    for way, change in chosen.items():
         # The passes share their first training; no other files of theirs have the same name.
         shared = "passes" if change.get("multipass_ratios") else way
         folder = re.sub(r"\W+", "_", f"{run.name} {shared}")
@@ -137,10 +139,11 @@ def main() -> None:
     l1_lambda = profile.l1_lambdas[1] if given.l1_lambda is None else given.l1_lambda
     if given.ratio is not None:
         profile = replace(profile, pruning_ratios=(given.ratio,))
-    known = [*ways(profile)]
-    if unknown := {*(given.ways or ())} - {*known}:
+    known = ways(profile)
+    asked = {BASE, *(given.ways or known)}
+    if unknown := asked - known.keys():
         parser.error(f"--ways: {', '.join(sorted(unknown))}: must be of: {', '.join(known)}")
-    chosen = [BASE, *given.ways] if given.ways else known
+    chosen = {way: change for way, change in known.items() if way in asked}
     data = load_data(profile.data).to(device)
     held = data.hold_out(len(data.train_labels) // 5)
     rows = []
@@ -149,8 +152,10 @@ def main() -> None:
     ratio = max(profile.pruning_ratios)
     print(f"{profile.name}, {ratio:.0%} of λ = {l1_lambda:g}, {given.seeds} seeds, {held.name}")
     print(compare(pd.DataFrame(rows)).round(2).to_string())
-    report = {"machine": describe_machine(device), "profile": profile.name, "data": held.name}
-    report |= {"l1_lambda": l1_lambda, "pruning_ratio": ratio}
+    report = {
+        "machine": describe_machine(device), "profile": profile.name, "data": held.name,
+        "l1_lambda": l1_lambda, "pruning_ratio": ratio,
+    }  # fmt: skip
     if given.out:
         write_json(given.out, report | {"runs": rows})
 

@@ -111,11 +111,11 @@ def processor() -> str:
 def describe_machine(device: torch.device | str) -> dict[str, str | int]:
     """Hardware, threads and versions: what a measured figure must be read with."""
     device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    # With a GPU the CPU counts, too: it computes the latencies, ONNX and int8.
-    gpu = {"device": torch.cuda.get_device_name(device), "processor": processor()} if on_gpu else {}
+    hardware = {"device": processor()}
+    if device.type == "cuda":  # the CPU counts, too: it computes the latencies, ONNX and int8
+        hardware = {"device": torch.cuda.get_device_name(device), "processor": processor()}
     return {
-        **(gpu or {"device": processor()}),
+        **hardware,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "numpy")},
