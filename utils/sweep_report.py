@@ -102,7 +102,7 @@ def accuracy_against_macs(table: pd.DataFrame, data: str) -> Figure:
                 part["macs"] / 1e6, part["mean"], part["std"], fmt=style, color=f"C{k}", capsize=3,
                 label=label,
             )  # fmt: skip
-    ax.plot([], [], "D", color="gray", label="dense")
+    ax.plot([], [], "D", color="gray", label="not fine-tuned")
     best = points.sort_values(["macs", "mean"], ascending=[True, False])
     front = best[best["mean"] > best["mean"].cummax().shift(fill_value=-np.inf)]
     ax.plot(
