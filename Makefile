@@ -64,11 +64,12 @@ coverage: .venv/dev
 
 # Each environment file is made anew when one of its requirements files changes.
 .venv/lab: requirements.txt requirements-export.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; if it has another name: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(addprefix --requirement ,$^)
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/lab
+.venv/dev: requirements-dev.txt requirements-handin.txt .venv/lab
 	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@
 

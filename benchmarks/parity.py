@@ -8,6 +8,7 @@ in which the learning rate drops: before that, the test accuracy jumps by ten po
 """
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def compare(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8")  # λ, on Windows too
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--precision", default="bfloat16", help="to hold against float32")

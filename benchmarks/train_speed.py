@@ -9,6 +9,7 @@ ratio is the median over the rounds. The absolute times hold for one machine onl
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,6 +238,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8")  # →, on Windows too
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="cifar10", help="whose network and batch size")
     parser.add_argument("--steps", type=int, default=6, help="steps a turn")

@@ -12,6 +12,7 @@ the seeds.
 
 import argparse
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def one_seed(
     """A row for each way of `chosen`, all of networks trained with the profile's seed."""
     named = replace(profile, name=f"{profile.name}_trials_seed_{profile.seed}")
     run = begin(named, held, device, remember=False)
+    named = replace(named, precision=run.profile.precision)
     sparse = stages.train(run, held, l1_lambda).model
     needs_dense = UNPENALIZED in chosen or any("distillation" in way for way in chosen.values())
     dense = stages.train(run, held, 0.0).model if needs_dense else None
@@ -99,17 +101,16 @@ def one_seed(
         # The passes share their first training; no other files of theirs have the same name.
         shared = "passes" if change.get("multipass_ratios") else way
         folder = re.sub(r"\W+", "_", f"{run.name} {shared}")
-        own = replace(named, precision=run.profile.precision, name=folder, **change)
-        of_its_own = replace(run, profile=own)
         network = dense if way == UNPENALIZED else sparse
         plan = None
-        if way == SAME_MACS:
-            share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse)
-            try:
+        try:
+            of_its_own = replace(run, profile=replace(named, name=folder, **change))
+            if way == SAME_MACS:
+                share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse)
                 plan = plan_pruning(sparse, macs=share, min_channels=change["min_channels"])
-            except ValueError as error:
-                print(f"{way}: left out, {error}")
-                continue
+        except ValueError as error:  # a floor that forbids the cut
+            print(f"{way}: left out, {error}")
+            continue
         found = reached(of_its_own, held, l1_lambda, network, dense, plan)
         rows.append({"way": way, "seed": profile.seed, **found})
     return rows
@@ -127,6 +128,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(encoding="utf-8")  # λ, on Windows too
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--l1-lambda", type=float, help="default: the profile's second")

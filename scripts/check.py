@@ -12,6 +12,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from tabulate import tabulate
+
 from utils.handed_in import ARCHIVE, NEEDED, REPORT, STUDENT, Results, inspect
 
 LARGEST_ARCHIVE = 30_000_000
@@ -146,10 +148,7 @@ def table(hand_ins: list[HandIn]) -> str:
         wrong = "; ".join(hand_in.problems) or "nothing"
         rows.append((hand_in.name, hand_in.run, hand_in.claims, ", ".join(others), wrong))
     rows = [[_printable(value) or "–" for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return tabulate(rows[1:], rows[0], tablefmt="plain", disable_numparse=True)
 
 
 def _printable(text: str) -> str:

@@ -47,6 +47,10 @@ def hand_in(student: str, name: str, *, language: str = "en", root: Path = ROOT)
             f"shows both. Hand in that one: RUN={run.trained_in}, or --run {run.trained_in}"
         )
     gammas, wrong = _gammas(checkpoints, results) if results else ({}, [])
+    unsaved = [n for n, path in sources.items() if not path.exists() and (root / n).exists()]
+    wrong += [
+        f"{n}: the one in {root} shows another run; was it saved after it ran?" for n in unsaved
+    ]
     if problems or wrong:
         listed = "\n- ".join([*problems, *wrong])
         sys.exit(f"Not handed in. `make lab` makes a whole run; run {name} has:\n- {listed}")
@@ -114,7 +118,11 @@ def own_text(path: Path, results: Results, language: str) -> list[tuple[str, str
     if not path.exists():
         numbered = [f"## {n} {section.strip()}" for n, section in enumerate(sections, start=1)]
         write_whole(path, ("\n\n".join([top.strip(), *numbered]) + "\n").encode("utf-8"))
-    written = re.sub(r"<!--.*?-->", "", path.read_text("utf-8"), flags=re.DOTALL)
+    try:
+        written = path.read_text("utf-8").expandtabs(4) + "\n"
+    except UnicodeDecodeError:
+        raise ReportError(f"{path} is not UTF-8: save it as UTF-8 in your editor") from None
+    written = re.sub(r"<!--.*?-->", "", written, flags=re.DOTALL)
     blocks = dict(re.findall(r"^##\s*(\d+)[^\n]*\n(.*?)(?=^##\s|\Z)", written, re.M | re.S))
     return [
         (section.splitlines()[0], blocks.get(str(number), "").strip())

@@ -8,9 +8,11 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import nbformat
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
@@ -44,7 +46,14 @@ def execute(name: str, target: Path) -> None:
         resources={"metadata": {"path": str(ROOT)}},
     )
     try:
-        client.execute()
+        with ThreadPoolExecutor(1) as beside:
+            done = beside.submit(client.execute)
+            while not done.done():
+                try:
+                    wait([done], timeout=1)  # without end it could not be interrupted on Windows
+                except KeyboardInterrupt:  # the cell stops as at the stop button
+                    run_sync(client.km.interrupt_kernel)()
+            done.result()
     finally:
         nbformat.write(notebook, target)
 

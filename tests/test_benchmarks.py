@@ -1,6 +1,7 @@
 """What the benchmarks compare is the same work."""
 
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -42,6 +43,18 @@ def test_a_trial_says_by_how_many_standard_errors_a_way_is_better():
     assert table.loc["better", "gain in standard errors"] == pytest.approx(4 / (2 / math.sqrt(3)))
     assert table.loc["noise", "gain"] == pytest.approx(0)
     assert table.loc["better", "± (standard deviation)"] == pytest.approx(12)
+
+
+def test_a_way_whose_floor_forbids_the_cut_is_left_out_and_the_others_are_tried(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    profile = tiny_profile(epochs=1, finetune_epochs=1, distillation=0.0)
+    once = {"multipass_ratios": ()}
+    chosen = {trials.BASE: once, "a floor": once | {"min_channels": 9}, "no crop": once}
+    rows = trials.one_seed(profile, tiny_data(), torch.device("cpu"), 0.02, chosen)
+    assert [row["way"] for row in rows] == [trials.BASE, "no crop"]
+    assert re.search("a floor: left out, min_channels = 9.*lower", capsys.readouterr().out)
 
 
 def test_each_way_of_a_trial_changes_one_thing_of_a_cut_at_once():

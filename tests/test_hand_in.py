@@ -218,6 +218,22 @@ def test_template_and_report_in_chinese(lab):
     assert text.count("尚未撰寫。") == 5
 
 
+def test_the_students_text_is_read_as_editors_write_it(lab):
+    file = lab / "figures" / "demo" / "report.md"
+    file.write_text("## 1 Curves\n\tIndented by a tab.\n## 5 Problems", "utf-8")
+    assert "Indented by a tab." in text_of(hand_in("RE6121011", "demo", root=lab))
+    file.write_bytes("## 5 問題\n".encode("cp950"))
+    with pytest.raises(ReportError, match=r"report\.md is not UTF-8"):
+        hand_in("RE6121011", "demo", root=lab)
+
+
+def test_a_notebook_that_was_not_saved_after_the_run_is_told_apart_from_none(lab):
+    (lab / "figures" / "demo" / NOTEBOOKS[0]).unlink()
+    (lab / NOTEBOOKS[0]).write_text(notebook().replace(BEGAN, "2020-01-01 00:00:00"), "utf-8")
+    with pytest.raises(SystemExit, match=r"sparsity_train\.ipynb: the one in .* was it saved"):
+        hand_in("RE6121011", "demo", root=lab)
+
+
 def test_a_character_without_a_font_is_named(lab):
     (lab / "figures" / "demo" / "report.md").write_text("## 1\n\U0001f9a9\n", "utf-8")
     with pytest.raises(ReportError, match="no font here has \U0001f9a9: "):

@@ -122,3 +122,12 @@ def test_a_run_name_of_the_command_reaches_the_notebooks(lab, monkeypatch):
     write(lab, [BEGINS.format(name="os.environ['LAB_RUN']")], [], [])
     make_lab(monkeypatch)
     assert (lab / "figures" / "mine" / "README.md").exists()
+
+
+def test_ctrl_c_stops_the_cell_that_runs_as_the_stop_button_does(lab, monkeypatch, capsys):
+    typed = "import os, signal, time; print('begun'); os.kill(os.getppid(), signal.SIGINT)"
+    waits = "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemError('saved')"
+    write(lab, [BEGINS.format(name="'begun'"), typed + "\n" + waits], [], [])
+    with pytest.raises(SystemExit, match=r"sparsity_train\.ipynb stopped: SystemError: saved"):
+        make_lab(monkeypatch, "--profile", "smoke")
+    assert "The executed notebook:" in capsys.readouterr().out

@@ -108,13 +108,16 @@ def test_a_lambda_may_be_added_and_the_run_is_then_another():
     assert more.trained_file(0.1) == run.trained_file(0.1) and more.began == run.began
 
 
-def test_adding_a_lambda_keeps_what_the_notebooks_after_it_decided():
+def test_adding_a_lambda_keeps_what_the_notebooks_after_it_decided_and_says_so(capsys):
     begun()
     decided = {"min_channels": 2, "finetune_epochs": 7}
     open_run(**decided)
+    capsys.readouterr()
     begun(l1_lambdas=(0.0, 0.1, 0.2))
     found = open_run().profile
     assert {name: getattr(found, name) for name in decided} == decided
+    said = capsys.readouterr().out
+    assert "goes on with min_channels = 2, finetune_epochs = 7; notebooks 2 and 3" in said
 
 
 def test_the_precision_is_decided_once(monkeypatch):
@@ -232,6 +235,9 @@ def test_save_as_cuts_the_same_networks_and_leaves_the_run_as_it_was():
     assert open_run(save_as="third").profile.min_channels == run.profile.min_channels
     with pytest.raises(RunError, match="the networks of the run first"):
         begun(name="floor_2", min_channels=2)
+    Path("checkpoints/first").rename("elsewhere")
+    with pytest.raises(RunError, match="'first': no such run"):
+        open_run("floor_2", save_as="fourth")
 
 
 def test_save_as_never_overwrites_a_run_of_other_networks():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 
@@ -197,6 +198,15 @@ def test_slim_runs_what_the_student_wrote(folder, monkeypatch, kept_aside):
     blanks.WRITTEN.write_text(changed(written, "classifier.bias.data.clone()",
                                       "classifier.bias.data + 1"), "utf-8")  # fmt: skip
     torch.testing.assert_close(handed_out.slim(model, plan)(images), wanted + 1)
+
+
+def test_what_the_students_function_needs_must_stand_inside_it(tmp_path, monkeypatch, kept_aside):
+    cell = tmp_path / "cell.py"
+    cell.write_text("import operator\n\n\ndef copy_channels(model, cfg, cfg_mask):\n"
+                    "    return operator.pos(model)\n")  # fmt: skip
+    elsewhere = runpy.run_path(str(cell))["copy_channels"]
+    with pytest.raises(Wrong, match=r"name 'operator' is not defined.* inside the function"):
+        blanks.keep(elsewhere)
 
 
 def test_a_folder_that_holds_work_is_left_alone(folder, tmp_path):

@@ -190,6 +190,12 @@ def test_the_mean_loss_weighs_a_smaller_batch_by_its_size():
     assert parts.train_loss[0] == pytest.approx(whole, rel=0.05)
 
 
+def test_no_gradients_are_left_in_memory():
+    model = tiny_model()
+    fit(model, tiny_data(), tiny_profile(epochs=1), quiet=True)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_the_seed_decides_the_weights():
     def weights(seed):
         model = tiny_model()

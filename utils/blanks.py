@@ -9,6 +9,9 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from models.vgg import VGG
 from utils.files import write_whole
 from utils.runs import RunError
 
@@ -72,12 +75,25 @@ def _cell_until(error: Exception) -> list[str]:
 
 
 def keep(copy_channels: Callable) -> None:
-    """Write the student's function down: `slim` in utils/pruning.py runs it from now on."""
+    """Write the student's function down: `slim` in utils/pruning.py runs it from now on.
+
+    Raises Wrong if it needs something that stands elsewhere in the notebook.
+    """
     head = (
         "import torch\n\nfrom models.vgg import VGG\n\n"
         'device = torch.device("cuda" if torch.cuda.is_available() else "cpu")\n\n\n'
     )
     write_whole(WRITTEN, (head + inspect.getsource(copy_channels)).encode("utf-8"))
+    kept = runpy.run_path(str(WRITTEN))
+    device = kept["device"]
+    try:
+        one_channel = VGG([1], num_classes=2).to(device)
+        kept["copy_channels"](one_channel, [1], [torch.ones(1, dtype=torch.bool, device=device)])
+    except NameError as error:
+        raise Wrong(
+            f"copy_channels is right, but what follows runs it from {WRITTEN}, by itself, and "
+            f"there {error}. Import it, or define it, inside the function."
+        ) from None
     print(f"{WRITTEN}: your function, for what follows")
 
 

@@ -44,11 +44,12 @@ class ImageData:
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on `device`: 180 MB for CIFAR-10. Itself, if it is there already."""
-        if self.train_images.device == torch.device(device):
+        train_images = self.train_images.to(device)
+        if train_images is self.train_images:
             return self
         return replace(
             self,
-            train_images=self.train_images.to(device),
+            train_images=train_images,
             train_labels=self.train_labels.to(device),
             test_images=self.test_images.to(device),
             test_labels=self.test_labels.to(device),

@@ -105,7 +105,7 @@ def begin(
     if one of this name was begun with other settings or images. (λ's may be added or left out: each
     has a file of its own. How it is cut and fine-tuned stays as it was: that is `open_run`'s.)
     """
-    file = Path("checkpoints") / profile.name / "run.json"
+    file = _file(profile.name)
     before = _read(file) if file.exists() else None
     if profile.precision == "auto":  # decided once: on other hardware a run goes on as it began
         decided = before.profile.precision if before else fast_precision(device)
@@ -123,6 +123,10 @@ def begin(
         _require_same(run, before, file)
         free = {k: getattr(profile, k) for k in ("l1_lambdas", *WITHOUT_EFFECT)}
         run = _with(before, **free)
+        kept = {k: v for k in (*CUT, *FINETUNE) if (v := run.settings[k]) != getattr(profile, k)}
+        if kept and remember:
+            said = ", ".join(f"{k} = {v}" for k, v in kept.items())
+            print(f"The run goes on with {said}; notebooks 2 and 3 can change that")
     if run != before:
         _write(run)
     return _last(run) if remember else run
@@ -136,18 +140,13 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     of its own, which cuts the same trained networks. Raises RunError if there is no such run.
     """
     name = name or last_run()
-    file = Path("checkpoints") / name / "run.json"
-    if not file.exists():
-        known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
-        there = f"there are {', '.join(known)}" if known else "there is none yet"
-        raise RunError(f"run_name = {name!r}: no such run ({there}); run sparsity_train.ipynb")
-    run = before = _read(file)
+    run = before = _read(_file(name))
     for name in decided.keys() - {*CUT, *FINETUNE}:
         raise RunError(f"{name}: was decided when the run was trained; begin another run for it")
     if save_as and save_as != run.name:
         if run.trained_in:  # what is cut anew begins with the settings of the training
-            run = _read(Path("checkpoints") / run.trained_in / "run.json")
-        file = Path("checkpoints") / save_as / "run.json"
+            run = _read(_file(run.trained_in))
+        file = _file(save_as)
         new = dataclasses.replace(_with(run, name=save_as), trained_in=run.name)
         before = _read(file) if file.exists() else None
         run = _with(before or new, l1_lambdas=new.profile.l1_lambdas)
@@ -174,17 +173,26 @@ def _with(run: Run, **changes) -> Run:
 def _write(run: Run) -> None:
     content = {"id": run.id, "name": run.name, "profile": dataclasses.asdict(run.profile)}
     content |= {k: getattr(run, k) for k in ("data", "machine", "began", "trained_in")}
-    write_json(run.checkpoints / "run.json", content)
+    write_json(_file(run.name), content)
+
+
+def _file(name: str) -> Path:
+    return Path("checkpoints") / name / "run.json"
 
 
 def _read(file: Path) -> Run:
+    name = file.parent.name
+    if not file.exists():
+        known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
+        there = f"there are {', '.join(known)}" if known else "there is none yet"
+        raise RunError(f"run_name = {name!r}: no such run ({there}); run sparsity_train.ipynb")
     try:
         content = json.loads(file.read_text("utf-8"))
         rest = {k: content[k] for k in ("data", "machine", "began", "trained_in")}
         run = Run(Profile(**content["profile"]), **rest)
         if run.id != content["id"]:
             raise ValueError("its id does not fit its settings")
-        if run.name != file.parent.name:
+        if run.name != name:
             raise ValueError(f"it is of the run {run.name!r}, so the folder has to be called that")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(

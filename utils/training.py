@@ -162,6 +162,7 @@ def fit(
             except KeyboardInterrupt:
                 kept = f"{saved} of {profile.epochs} epochs are" if checkpoint else "nothing is"
                 raise Stopped(f"stopped; {kept} saved; run this cell again to go on") from None
+    model.zero_grad()  # as large as the network, and of no more use
     return history
 
 
