@@ -52,7 +52,8 @@ def execute(name: str, target: Path) -> None:
                 try:
                     wait([done], timeout=1)  # without end it could not be interrupted on Windows
                 except KeyboardInterrupt:  # the cell stops as at the stop button
-                    run_sync(client.km.interrupt_kernel)()
+                    if client.km and client.km.has_kernel:
+                        run_sync(client.km.interrupt_kernel)()
             done.result()
     finally:
         nbformat.write(notebook, target)
