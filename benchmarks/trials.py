@@ -92,7 +92,6 @@ def one_seed(
     """A row for each way of `chosen`, all of networks trained with the profile's seed."""
     named = replace(profile, name=f"{profile.name}_trials_seed_{profile.seed}")
     run = begin(named, held, device, remember=False)
-    named = replace(named, precision=run.profile.precision)
     sparse = stages.train(run, held, l1_lambda).model
     needs_dense = UNPENALIZED in chosen or any("distillation" in way for way in chosen.values())
     dense = stages.train(run, held, 0.0).model if needs_dense else None
@@ -104,7 +103,7 @@ def one_seed(
         network = dense if way == UNPENALIZED else sparse
         plan = None
         try:
-            of_its_own = replace(run, profile=replace(named, name=folder, **change))
+            of_its_own = replace(run, profile=replace(run.profile, name=folder, **change))
             if way == SAME_MACS:
                 share = rows[-1]["MACs (M)"] * 1e6 / macs(sparse)
                 plan = plan_pruning(sparse, macs=share, min_channels=change["min_channels"])

@@ -108,7 +108,7 @@ def _check_cell(blank: Blank) -> NotebookNode:
         hidden = check.removesuffix(")") + ", seed=2026)"
         check += f"\n### BEGIN HIDDEN TESTS\n{hidden}\n### END HIDDEN TESTS"
     if blank is BLANKS[-1]:
-        check += "\nblanks.keep(copy_channels)  # what follows, in the next notebook too, runs it"
+        check += "\nblanks.keep(copy_channels, device)  # what follows runs it, notebook 3 too"
     graded = _metadata(f"check-{number}", grade=True, locked=True, points=POINTS)
     return new_code_cell(check, id=f"check-{number}", metadata={"nbgrader": graded})
 

@@ -60,15 +60,6 @@ def plan(
     return [replace(base, seed=s, name=f"{base.name}_sweep_seed_{s}") for s in sorted(seeds)]
 
 
-def begin_run(profile: Profile, data: ImageData) -> Run:
-    """The run of one seed, with the λ's and ratios of this sweep; the notebooks know nothing of it.
-
-    Raises RunError if it was begun with other settings.
-    """
-    run = begin(profile, data, data.train_images.device, remember=False)
-    return replace(run, profile=replace(profile, precision=run.profile.precision))
-
-
 def planned_work(tasks: list[Task], data: ImageData, workers: int) -> str:
     """What is planned, what of it is done, and how long the rest takes."""
     profile = tasks[0].run.profile
@@ -126,7 +117,8 @@ def sweep(profiles: list[Profile], cluster: str = "") -> Path:
     folder = Path("figures") / profiles[0].name.rsplit("_seed_", 1)[0]
     with hands(cluster) as (hand_out, workers):
         data = load_data(profiles[0].data).to(pick_device())
-        runs = [begin_run(profile, data) for profile in profiles]
+        device = data.train_images.device
+        runs = [begin(profile, data, device, remember=False) for profile in profiles]
         print(planned_work(planned(runs), data, workers))
         collect(runs, hand_out, folder)
     write_page(folder, runs[0])

@@ -120,6 +120,15 @@ def test_adding_a_lambda_keeps_what_the_notebooks_after_it_decided_and_says_so(c
     assert "goes on with min_channels = 2, finetune_epochs = 7; notebooks 2 and 3" in said
 
 
+def test_what_works_beside_the_notebooks_is_cut_as_it_asks_and_changes_nothing_for_them():
+    run = begun()
+    asked = profile(min_channels=2, finetune_epochs=7)
+    assert begin(asked, tiny_data(), "cpu", remember=False) == dataclasses.replace(
+        run, profile=asked
+    )
+    assert open_run() == run
+
+
 def test_the_precision_is_decided_once(monkeypatch):
     hardware = iter([True, False])  # which is asked but once for each run
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": next(hardware)})

@@ -53,7 +53,7 @@ def plan(lambdas=(0.0,), ratios=(0.3, 0.5), seeds=(1,), **changes) -> list[Profi
 
 def make(*args, **options) -> list[Run]:
     """A sweep of `plan(...)`, in this process."""
-    runs = [sweep.begin_run(profile, shades()) for profile in plan(*args, **options)]
+    runs = [begin(profile, shades(), "cpu", remember=False) for profile in plan(*args, **options)]
     sweep.collect(runs, functools.partial(map, sweeps.do), FOLDER)
     return runs
 

@@ -74,7 +74,7 @@ def _cell_until(error: Exception) -> list[str]:
     return found
 
 
-def keep(copy_channels: Callable) -> None:
+def keep(copy_channels: Callable, device: str | torch.device = "cpu") -> None:
     """Write the student's function down: `slim` in utils/pruning.py runs it from now on.
 
     Raises Wrong if it needs something that stands elsewhere in the notebook.
@@ -84,11 +84,9 @@ def keep(copy_channels: Callable) -> None:
         'device = torch.device("cuda" if torch.cuda.is_available() else "cpu")\n\n\n'
     )
     write_whole(WRITTEN, (head + inspect.getsource(copy_channels)).encode("utf-8"))
-    kept = runpy.run_path(str(WRITTEN))
-    device = kept["device"]
+    one_channel, stays = VGG([1]).to(device), torch.ones(1, dtype=torch.bool, device=device)
     try:
-        one_channel = VGG([1], num_classes=2).to(device)
-        kept["copy_channels"](one_channel, [1], [torch.ones(1, dtype=torch.bool, device=device)])
+        kept_copy_channels()(one_channel, [1], [stays])
     except NameError as error:
         raise Wrong(
             f"copy_channels is right, but what follows runs it from {WRITTEN}, by itself, and "

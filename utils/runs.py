@@ -101,12 +101,12 @@ def begin(
 ) -> Run:
     """The run that `profile` names: a new one is written down, one that is there goes on.
 
-    `remember`: as the one that the notebooks open next. Raises RunError, naming every difference,
-    if one of this name was begun with other settings or images. (λ's may be added or left out: each
-    has a file of its own. How it is cut and fine-tuned stays as it was: that is `open_run`'s.)
+    Raises RunError, naming every difference, if one of this name was begun with other settings or
+    images. (λ's may be added or left out: each has a file of its own. How it is cut and fine-tuned
+    stays as it was: that is `open_run`'s.) `remember`: as the one that the notebooks open next;
+    without it they know nothing of it, and it is cut and fine-tuned as `profile` says.
     """
-    file = _file(profile.name)
-    before = _read(file) if file.exists() else None
+    before = _read(profile.name) if _file(profile.name).exists() else None
     if profile.precision == "auto":  # decided once: on other hardware a run goes on as it began
         decided = before.profile.precision if before else fast_precision(device)
         profile = dataclasses.replace(profile, precision=decided)
@@ -120,16 +120,17 @@ def begin(
     now = datetime.datetime.now().isoformat(" ", timespec="seconds")
     run = Run(profile, images, describe_machine(device), now)
     if before:
-        _require_same(run, before, file)
+        _require_same(run, before)
         free = {k: getattr(profile, k) for k in ("l1_lambdas", *WITHOUT_EFFECT)}
         run = _with(before, **free)
-        kept = {k: v for k in (*CUT, *FINETUNE) if (v := run.settings[k]) != getattr(profile, k)}
-        if kept and remember:
-            said = ", ".join(f"{k} = {v}" for k, v in kept.items())
-            print(f"The run goes on with {said}; notebooks 2 and 3 can change that")
     if run != before:
         _write(run)
-    return _last(run) if remember else run
+    if not remember:
+        return dataclasses.replace(run, profile=profile)
+    stays = {k: getattr(run.profile, k) for k in (*CUT, *FINETUNE)}
+    if kept := [f"{k} = {v}" for k, v in stays.items() if v != getattr(profile, k)]:
+        print(f"The run goes on with {', '.join(kept)}; notebooks 2 and 3 can change that")
+    return _last(run)
 
 
 def open_run(name: str | None = None, *, save_as: str | None = None, **decided) -> Run:
@@ -140,15 +141,14 @@ def open_run(name: str | None = None, *, save_as: str | None = None, **decided) 
     of its own, which cuts the same trained networks. Raises RunError if there is no such run.
     """
     name = name or last_run()
-    run = before = _read(_file(name))
+    run = before = _read(name)
     for name in decided.keys() - {*CUT, *FINETUNE}:
         raise RunError(f"{name}: was decided when the run was trained; begin another run for it")
     if save_as and save_as != run.name:
         if run.trained_in:  # what is cut anew begins with the settings of the training
-            run = _read(_file(run.trained_in))
-        file = _file(save_as)
+            run = _read(run.trained_in)
         new = dataclasses.replace(_with(run, name=save_as), trained_in=run.name)
-        before = _read(file) if file.exists() else None
+        before = _read(save_as) if _file(save_as).exists() else None
         run = _with(before or new, l1_lambdas=new.profile.l1_lambdas)
         if (run.trained_in, run.id) != (new.trained_in, new.id):
             raise RunError(f"save_as = {save_as!r}: a run of other networks is there; name another")
@@ -180,8 +180,8 @@ def _file(name: str) -> Path:
     return Path("checkpoints") / name / "run.json"
 
 
-def _read(file: Path) -> Run:
-    name = file.parent.name
+def _read(name: str) -> Run:
+    file = _file(name)
     if not file.exists():
         known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
         there = f"there are {', '.join(known)}" if known else "there is none yet"
@@ -208,7 +208,7 @@ def _last(run: Run) -> Run:
     return run
 
 
-def _require_same(wanted: Run, found: Run, file: Path) -> None:
+def _require_same(wanted: Run, found: Run) -> None:
     free = ("l1_lambdas", *CUT, *FINETUNE)
     pairs = {k: (found.settings[k], v) for k, v in wanted.settings.items() if k not in free}
     if found.data["digest"] != wanted.data["digest"]:  # a folder may have been renamed
@@ -218,6 +218,7 @@ def _require_same(wanted: Run, found: Run, file: Path) -> None:
         differ.append(f"the networks of the run {found.trained_in}")
     if differ:
         raise RunError(
-            f"{file.resolve()}: the run {wanted.name!r} was begun with {'; '.join(differ)}. Set "
-            "that back to go on with it, or give the new run a run_name (make lab … RUN=name)"
+            f"{_file(wanted.name).resolve()}: the run {wanted.name!r} was begun with "
+            f"{'; '.join(differ)}. Set that back to go on with it, or give the new run a run_name "
+            "(make lab … RUN=name)"
         )
