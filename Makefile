@@ -31,7 +31,7 @@ needed = $(or $($1),$(error $1 is missing: make $@ $1=…))
 .PHONY: clean clean-checkpoints
 
 lab: .venv/lab
-	$(BIN)/python -m scripts.run_lab
+	$(BIN)/python -m utils.run.notebooks
 
 notebook: .venv/lab
 	$(BIN)/jupyter lab
@@ -42,16 +42,16 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 handin: .venv/handin
-	$(BIN)/python -m scripts.hand_in "$(call needed,STUDENT)"
+	$(BIN)/python -m coursework.hand_in "$(call needed,STUDENT)"
 
 check: .venv/lab
-	$(BIN)/python -m scripts.check "$(call needed,ZIP)"
+	$(BIN)/python -m coursework.check "$(call needed,ZIP)"
 
 student: .venv/lab
-	$(BIN)/python -m scripts.student
+	$(BIN)/python -m coursework.student
 
 sweep: .venv/lab
-	$(BIN)/python -m scripts.sweep
+	$(BIN)/python -m sweep
 
 benchmark: .venv/lab
 	$(BIN)/python -m benchmarks.train_speed
@@ -60,7 +60,7 @@ soak: .venv/dev
 	$(BIN)/python -m pytest -m reliability --soak
 
 coverage: .venv/dev
-	$(BIN)/python -m pytest -q --cov=models --cov=utils --cov=scripts --cov-report=term-missing
+	$(BIN)/python -m pytest -q --cov=models --cov=utils --cov=coursework --cov=sweep --cov-report=term-missing
 
 # Each environment file is made anew when one of its requirements files changes.
 .venv/lab: requirements.txt requirements-export.txt
@@ -79,7 +79,7 @@ coverage: .venv/dev
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .coverage figures/smoke*
-	find models utils scripts tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find models utils coursework sweep tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Of a link only the link goes, not the folder that it points to.
 RUNS := find checkpoints -mindepth 1 -maxdepth 1 ! -name .gitkeep

@@ -24,8 +24,8 @@ import torch
 from models.vgg import VGG, VGG_CFGS
 from utils.cost import eager, macs, take_turns
 from utils.export import export_onnx, logits, quantize_int8, session
-from utils.files import write_json
-from utils.machine import describe_machine
+from utils.run.machine import describe_machine
+from utils.store.files import write_json
 
 SLIM_50 = [32, 32, "M", 64, 64, "M", *[128] * 4, "M", *[256] * 4, "M", *[256] * 4]
 """Half the channels of every layer."""

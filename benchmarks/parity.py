@@ -16,10 +16,10 @@ import pandas as pd
 import torch
 
 from models.vgg import VGG
-from utils.config import get_profile
-from utils.files import write_json
-from utils.machine import describe_machine, pick_device
-from utils.sources import load_data
+from utils.images.sources import load_data
+from utils.profile import get_profile
+from utils.run.machine import describe_machine, pick_device
+from utils.store.files import write_json
 from utils.training import fit
 
 

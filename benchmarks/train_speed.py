@@ -23,14 +23,14 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from models.vgg import VGG
-from utils.config import Profile, get_profile
 from utils.cost import macs
-from utils.data import ImageData
 from utils.engine import Engine, choose_engine, make_step
-from utils.files import write_json
-from utils.machine import describe_machine, pick_device
+from utils.images.data import ImageData
+from utils.profile import Profile, get_profile
 from utils.pruning import plan_pruning, slim
+from utils.run.machine import describe_machine, pick_device
 from utils.sparsity import bn_layers
+from utils.store.files import write_json
 from utils.training import fit
 
 L1_LAMBDA = 1e-4

@@ -20,15 +20,15 @@ import pandas as pd
 import torch
 
 from models.vgg import VGG
-from utils import stages
-from utils.config import Profile, get_profile
 from utils.cost import macs
-from utils.data import ImageData
-from utils.files import write_json
-from utils.machine import describe_machine, pick_device
+from utils.images.data import ImageData
+from utils.images.sources import load_data
+from utils.profile import Profile, get_profile
 from utils.pruning import PruningPlan, plan_pruning
-from utils.runs import Run, begin
-from utils.sources import load_data
+from utils.run import lab
+from utils.run.identity import Run, begin
+from utils.run.machine import describe_machine, pick_device
+from utils.store.files import write_json
 
 BASE = "one cut"
 UNPENALIZED = "one cut of λ = 0"
@@ -71,10 +71,10 @@ def reached(
     profile = run.profile
     ratios = profile.multipass_ratios or (max(profile.pruning_ratios),)
     if plan:
-        network = stages.cut_on(run, data, network, plan)
+        network = lab.cut_on(run, data, network, plan)
     else:
-        *_, (_, network, _) = stages.in_passes(run, data, network, l1_lambda, ratios)
-    tuned = stages.finetune(run, data, network, teacher=dense, label=run.name, quiet=True)
+        *_, (_, network, _) = lab.in_passes(run, data, network, l1_lambda, ratios)
+    tuned = lab.finetune(run, data, network, teacher=dense, label=run.name, quiet=True)
     return {
         "accuracy (%)": tuned.history.test_accuracy[-1],
         "MACs (M)": macs(network) / 1e6,
@@ -92,9 +92,9 @@ def one_seed(
     """A row for each way of `chosen`, all of networks trained with the profile's seed."""
     named = replace(profile, name=f"{profile.name}_trials_seed_{profile.seed}")
     run = begin(named, held, device, remember=False)
-    sparse = stages.train(run, held, l1_lambda).model
+    sparse = lab.train(run, held, l1_lambda).model
     needs_dense = UNPENALIZED in chosen or any("distillation" in way for way in chosen.values())
-    dense = stages.train(run, held, 0.0).model if needs_dense else None
+    dense = lab.train(run, held, 0.0).model if needs_dense else None
     rows = []
     for way, change in chosen.items():
         # The passes share their first training; no other files of theirs have the same name.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Fake(NamedTuple):
-    """What utils.workers knows of a task."""
+    """What sweep.workers knows of a task."""
 
     number: int
 

@@ -20,7 +20,7 @@ from faults import HTML, Trap
 from tiny import TINY_CFG, same, tiny_checkpoint, tiny_model
 
 from models.vgg import VGG
-from utils.checkpoint import FORMAT, Checkpoint, CheckpointError, load, save
+from utils.store.checkpoint import FORMAT, Checkpoint, CheckpointError, load, save
 
 COLUMNS = ("lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "sparsity")
 

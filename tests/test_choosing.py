@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tiny import cfgs, tiny_data, tiny_model, tiny_profile
 
 from models.vgg import VGG
-from utils import choosing
-from utils.checkpoint import History
-from utils.data import ImageData
+from utils.images.data import ImageData
 from utils.pruning import plan_pruning
-from utils.runs import Run, RunError
+from utils.run import choosing
+from utils.run.identity import Run, RunError
+from utils.run.lab import Trained
 from utils.sparsity import bn_layers
-from utils.stages import Trained
+from utils.store.checkpoint import History
 
 DATA = tiny_data()
 

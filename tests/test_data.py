@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import tiny_data
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from utils.data import ImageData, augment, normalize
+from utils.images.data import ImageData, augment, normalize
 
 PLAIN = {"seed": 1, "epoch": 0, "crop_padding": 0, "flip": False}
 

@@ -10,8 +10,6 @@ from tiny import file_after_each_epoch, same, tiny_data, tiny_model, tiny_profil
 from torch import Tensor
 from torch.testing import assert_close
 
-from utils.checkpoint import load
-from utils.config import PROFILES
 from utils.engine import (
     Engine,
     GraphedStep,
@@ -20,7 +18,9 @@ from utils.engine import (
     make_step,
     seconds_per_epoch,
 )
+from utils.profile import PROFILES
 from utils.step import TrainStep
+from utils.store.checkpoint import load
 
 # --- choosing ------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 from faults import Moments
 from filelock import Timeout
 
-from utils.files import digest, file_lock, write_whole
+from utils.store.files import digest, file_lock, write_whole
 
 OLD, NEW = b"old " * 3000, b"new " * 3000
 

@@ -13,11 +13,11 @@ import nbformat
 import pytest
 from nbformat import v4
 
+from coursework.check import check, table
+from coursework.hand_in import ROOT, hand_in
+from coursework.report import ReportError
 from models.vgg import VGG
-from scripts.check import check, table
-from scripts.hand_in import ROOT, hand_in
-from utils.checkpoint import COLUMNS, Checkpoint, save
-from utils.report import ReportError
+from utils.store.checkpoint import COLUMNS, Checkpoint, save
 
 pytest.importorskip("fpdf", reason="pip install -r requirements-handin.txt")
 
@@ -146,7 +146,12 @@ def rezipped(source: Path, target: Path, changes: dict[str, bytes | None]) -> Pa
 
 def test_archive_holds_what_the_course_asks_for_and_is_accepted(good):
     names = set(zipfile.ZipFile(good).namelist())
-    assert {*NOTEBOOKS, "EAI_Lab4_RE6121011_Report.pdf", "models/vgg.py", "utils/data.py"} < names
+    assert {
+        *NOTEBOOKS,
+        "EAI_Lab4_RE6121011_Report.pdf",
+        "models/vgg.py",
+        "utils/images/data.py",
+    } < names
     assert not [name for name in names if name.endswith((".pt", ".pyc")) or "data/" in name]
     [row] = check([good])
     assert row.problems == []
@@ -200,7 +205,7 @@ def test_a_notebook_that_came_with_the_lab_is_never_taken_for_the_own_run(lab, g
 
 def test_same_input_same_bytes(good):
     before = good.read_bytes()
-    os.utime(good.parent / "utils" / "data.py", (0, 0))
+    os.utime(good.parent / "utils" / "images" / "data.py", (0, 0))
     assert hand_in("RE6121011", "demo", root=good.parent) == good
     assert good.read_bytes() == before
     assert (good.parent / "figures" / "demo" / "report.md").read_text("utf-8") == OWN_TEXT
@@ -376,7 +381,7 @@ def test_names_do_not_reach_the_terminal_as_commands(good, tmp_path):
 
 def test_exit_code_tells_whether_all_are_acceptable(good, tmp_path):
     def code(*paths: Path) -> int:
-        command = [sys.executable, "-m", "scripts.check", *map(str, paths)]
+        command = [sys.executable, "-m", "coursework.check", *map(str, paths)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
 
     assert code(good) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import machine
+from utils.run import machine
 
 
 def test_describe_machine_says_hardware_threads_and_versions():

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import trials
 from benchmarks.parity import compare
-from utils.results import NOTEBOOKS, read, refresh, report
+from utils.run.results import NOTEBOOKS, read, refresh, report
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {
@@ -45,7 +45,7 @@ def run_in_a_fresh_copy(folder: Path) -> tuple[Path, str]:
     """Run the smoke profile in a copy of the lab: its place, and what it printed."""
     copy = folder / "my söder lab"  # a space and an ö
     copy.mkdir()
-    for name in ("requirements.txt", "models", "utils", "scripts"):
+    for name in ("requirements.txt", "models", "utils", "coursework"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
     for name in NOTEBOOKS:
@@ -55,7 +55,7 @@ def run_in_a_fresh_copy(folder: Path) -> tuple[Path, str]:
     environment |= dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), nobody)
     environment["OMP_NUM_THREADS"] = "1"  # networks this small only wait for a second thread
     finished = subprocess.run(
-        [sys.executable, "-m", "scripts.run_lab", "--profile", "smoke"],
+        [sys.executable, "-m", "utils.run.notebooks", "--profile", "smoke"],
         cwd=copy, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
@@ -158,7 +158,7 @@ def test_quoted_tables_are_those_of_the_recorded_runs(page, monkeypatch):
     text = Path(page).read_text("utf-8")
     for folder in re.findall(r"<!-- python -m \S+ (figures/\S+)", text):
         skip_if_run_again(folder)
-    assert refresh(text) == text  # else: python -m utils.results PAGE
+    assert refresh(text) == text  # else: python -m utils.run.results PAGE
 
 
 def test_the_speed_in_the_page_is_that_of_the_recorded_benchmarks():

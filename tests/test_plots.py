@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from utils import plots
-from utils.checkpoint import History
+from utils.store.checkpoint import History
 
 HISTORY = {
     "lr": [0.1, 0.1, 0.01],

@@ -21,9 +21,11 @@ from faults import Trap, at_each_moment, damage
 from processes import run, start
 from tiny import TINY_CFG, file_after_each_epoch, same, tiny_checkpoint, train
 
-from utils import checkpoint, data, training
-from utils.checkpoint import CheckpointError, load, save
+from utils import training
 from utils.engine import TrainStep
+from utils.images import data
+from utils.store import checkpoint
+from utils.store.checkpoint import CheckpointError, load, save
 
 pytestmark = pytest.mark.reliability
 

@@ -10,10 +10,10 @@ import pytest
 from processes import start
 from tiny import tiny_data, tiny_profile
 
-from utils import results
-from utils.machine import describe_machine
-from utils.results import read, refresh, report
-from utils.runs import Run
+from utils.run import results
+from utils.run.identity import Run
+from utils.run.machine import describe_machine
+from utils.run.results import read, refresh, report
 
 RUN = Run(
     tiny_profile(name="tiny", l1_lambdas=(0.0, 0.1)),
@@ -239,7 +239,7 @@ def test_a_run_that_only_cuts_has_a_report_of_its_own():
 
 def test_quoted_tables_are_made_anew_from_the_results_they_name():
     record()
-    quote = "<!-- python -m utils.results figures/tiny {} -->\n\n{}\n\n<!-- end -->"
+    quote = "<!-- python -m utils.run.results figures/tiny {} -->\n\n{}\n\n<!-- end -->"
     empty = quote.format("cuts", "").replace("\n\n\n\n", "\n\n")  # as one writes a new page
     text = f"# Title\n\n{empty}\n\nbetween\n\n{quote.format('ways', 'x | y')}\n"
     new = refresh(text)
@@ -253,8 +253,8 @@ def test_quoted_tables_are_made_anew_from_the_results_they_name():
 
 def command(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["results", *arguments])
-    monkeypatch.delitem(sys.modules, "utils.results")
-    runpy.run_module("utils.results", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "utils.run.results")
+    runpy.run_module("utils.run.results", run_name="__main__")
 
 
 def test_the_command_writes_a_page_and_prints_the_report(monkeypatch, capsys):
@@ -269,7 +269,7 @@ def test_the_command_writes_a_page_and_prints_the_report(monkeypatch, capsys):
 
 def test_the_command_makes_the_tables_of_a_file_anew(monkeypatch):
     record()
-    text = "<!-- python -m utils.results figures/tiny cuts -->\n\nold\n\n<!-- end -->"
+    text = "<!-- python -m utils.run.results figures/tiny cuts -->\n\nold\n\n<!-- end -->"
     Path("page.md").write_text(text, "utf-8")
     command(monkeypatch, "page.md")
     assert "89.88" in Path("page.md").read_text("utf-8")

@@ -24,10 +24,11 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision.datasets import ImageFolder
 
-from utils import files, prepare, sources
-from utils.data import ImageData
-from utils.files import file_lock
-from utils.sources import load_data
+from utils.images import prepare, sources
+from utils.images.data import ImageData
+from utils.images.sources import load_data
+from utils.store import files
+from utils.store.files import file_lock
 
 # --- digits --------------------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ def test_where_no_folder_is_the_error_says_where_and_what_was_meant(
 def _wrong_size(folder):
     file = folder / "test" / "猫" / "1 ä.png"
     Image.new("RGB", (31, 40)).save(file)
-    return [file, "31×40", "utils.prepare"]
+    return [file, "31×40", "utils.images.prepare"]
 
 
 def _broken(file, content):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from cells import changed, code, execute, find, imported, lab_cells
 
+from coursework import blanks, student
+from coursework.blanks import Wrong
+from coursework.rubric import BLANKS, BY_HAND, POINTS
 from models.vgg import VGG
-from scripts import student
-from scripts.rubric import BLANKS, BY_HAND, POINTS
-from utils import blanks, pruning, sparsity
-from utils.blanks import Wrong
-from utils.results import NOTEBOOKS
+from utils import pruning, sparsity
+from utils.run.results import NOTEBOOKS
 
 STUB = re.compile(r" *# YOUR CODE HERE\n *raise NotImplementedError\(\)\n?")
 NUMBERS = range(1, len(BLANKS) + 1)
@@ -44,7 +44,7 @@ def answered(number: int, answer: str | None) -> list[str]:
 def check(number: int, cells: list[str], monkeypatch) -> None:
     """Run the cell with blank `number`, then its check."""
     namespace = imported(cells, monkeypatch) | {"blanks": blanks}
-    namespace["selfcheck"] = importlib.import_module("utils.selfcheck")
+    namespace["selfcheck"] = importlib.import_module("coursework.selfcheck")
     execute(find(cells, f"# Blank {number} of"), namespace)
     execute(find(cells, BLANKS[number - 1].check), namespace)
 
@@ -123,7 +123,7 @@ def test_a_blank_left_empty_reads_as_a_sentence_in_a_notebook(monkeypatch, capsy
     shell = shells.instance()
     shell.history_manager.enabled = False
     try:
-        shell.run_cell("from utils import blanks\nblanks.start()")
+        shell.run_cell("from coursework import blanks\nblanks.start()")
         done = shell.run_cell(find(answered(1, None), "# Blank 1 of"))
     finally:
         shells.clear_instance()
@@ -161,7 +161,7 @@ def test_no_solution_and_no_output_is_handed_out(folder):
 
 
 def test_the_folder_runs_without_the_lab_around_it(folder):
-    modules = "models.vgg, utils.stages, utils.plots, utils.selfcheck, scripts.run_lab"
+    modules = "models.vgg, utils.run.lab, utils.plots, coursework.selfcheck, utils.run.notebooks"
     done = subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=folder,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr

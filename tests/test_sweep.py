@@ -15,13 +15,15 @@ from killers import Fake, die, fail
 from processes import run
 from tiny import tiny_data
 
-from scripts import sweep
-from utils import checkpoint, files, stages, sweep_report, sweeps, workers
-from utils.config import Profile
-from utils.data import ImageData
-from utils.files import file_lock
+from sweep import __main__ as sweep
+from sweep import page, tasks, workers
+from utils.images.data import ImageData
+from utils.profile import Profile
 from utils.pruning import plan_pruning, slim
-from utils.runs import Run, begin
+from utils.run import lab
+from utils.run.identity import Run, begin
+from utils.store import checkpoint, files
+from utils.store.files import file_lock
 from utils.training import evaluate
 
 FOLDER = Path("figures/smoke_sweep")
@@ -31,8 +33,8 @@ TABLE = FOLDER / "results.csv"
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweeps, "load_data", lambda name: shades())
-    sweeps._images.cache_clear()
+    monkeypatch.setattr(tasks, "load_data", lambda name: shades())
+    tasks._images.cache_clear()
 
 
 def shades() -> ImageData:
@@ -54,7 +56,7 @@ def plan(lambdas=(0.0,), ratios=(0.3, 0.5), seeds=(1,), **changes) -> list[Profi
 def make(*args, **options) -> list[Run]:
     """A sweep of `plan(...)`, in this process."""
     runs = [begin(profile, shades(), "cpu", remember=False) for profile in plan(*args, **options)]
-    sweep.collect(runs, functools.partial(map, sweeps.do), FOLDER)
+    sweep.collect(runs, functools.partial(map, tasks.do), FOLDER)
     return runs
 
 
@@ -66,15 +68,15 @@ def test_a_row_is_what_the_stages_give():
     (made,) = make(lambdas=(0.0, 1e-3))
     data, profile = shades(), made.profile
     by_hand = begin(replace(profile, name="by_hand"), data, "cpu")
-    dense, history = stages.train(by_hand, data, 1e-3)
+    dense, history = lab.train(by_hand, data, 1e-3)
     plan = plan_pruning(dense, 0.5, min_channels=profile.min_channels)
-    cut = stages.cut_on(by_hand, data, dense, plan)
+    cut = lab.cut_on(by_hand, data, dense, plan)
     row = table().loc[(1e-3, 0.5, 1)]
     accuracies = {
         "trained": history.test_accuracy[-1],
         "raw": evaluate(slim(dense, plan), data.plain_batches("test", 1000)).accuracy,
         "repaired": evaluate(cut, data.plain_batches("test", 1000)).accuracy,
-        "finetuned": stages.finetune(by_hand, data, cut).history.test_accuracy[-1],
+        "finetuned": lab.finetune(by_hand, data, cut).history.test_accuracy[-1],
     }
     assert {name: row[f"{name}_accuracy"] for name in accuracies} == accuracies
     assert row["realised_ratio"] == plan.realised_ratio
@@ -84,12 +86,12 @@ def test_a_row_is_what_the_stages_give():
 def test_only_what_is_missing_is_done(monkeypatch: pytest.MonkeyPatch):
     make(lambdas=(0.0,), seeds=(1,))
     trained = []
-    train = stages.train
-    monkeypatch.setattr(stages, "train", lambda *a: trained.append(a[2]) or train(*a))
+    train = lab.train
+    monkeypatch.setattr(lab, "train", lambda *a: trained.append(a[2]) or train(*a))
     make(lambdas=(0.0, 1e-3), ratios=(0.3, 0.5, 0.6), seeds=(1,))
     assert trained == [1e-3]
     before = TABLE.read_bytes()
-    monkeypatch.setattr(sweeps, "_cut", None)
+    monkeypatch.setattr(tasks, "_cut", None)
     make(lambdas=(0.0, 1e-3), ratios=(0.3, 0.5, 0.6), seeds=(1,))
     assert TABLE.read_bytes() == before
     assert not Path("checkpoints/last_run.txt").exists()  # the notebooks' own
@@ -134,10 +136,10 @@ def test_what_may_go_well_next_time_is_tried_again(monkeypatch: pytest.MonkeyPat
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "finetune", full)
+        patch.setattr(lab, "finetune", full)
         made = make(ratios=(0.5,))
     assert table().loc[(0.0, 0.5, 1), "reason"] == "MemoryError: no room"
-    sweep_report.write_page(FOLDER, made[0])
+    page.write_page(FOLDER, made[0])
     said = "λ = 0, seed 1, 50% pruned: MemoryError: no room"
     assert said in (FOLDER / "README.md").read_text("utf-8")
     make(ratios=(0.5,))
@@ -153,9 +155,9 @@ def test_ratios_that_keep_the_same_channels_share_a_network():
 
 def test_an_orphan_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     """A worker of a killed sweep still holds the lock; when it lets go, its row is taken."""
-    task = sweeps.Task(begin(plan()[0], shades(), "cpu"), 0.0)
-    row = sweeps.do(task)
-    monkeypatch.setattr(sweeps, "_trained", None)
+    task = tasks.Task(begin(plan()[0], shades(), "cpu"), 0.0)
+    row = tasks.do(task)
+    monkeypatch.setattr(tasks, "_trained", None)
     orphans = file_lock(task.file).acquire()
     said = []
 
@@ -165,7 +167,7 @@ def test_an_orphan_is_waited_for(monkeypatch: pytest.MonkeyPatch):
             orphans.lock.release(force=True)
 
     monkeypatch.setattr("sys.stderr", Stderr())
-    assert sweeps.do(task) == row
+    assert tasks.do(task) == row
     assert "waiting for it" in "".join(said)
 
 
@@ -185,9 +187,9 @@ def sweep_and_die(folder: Path, writes: int, after: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.chdir(folder)
-    for module in (files, checkpoint, sweep_report):
+    for module in (files, checkpoint, page):
         module.write_whole = write_whole
-    sweeps.load_data = lambda name: shades()
+    tasks.load_data = lambda name: shades()
     make()
 
 
@@ -275,30 +277,30 @@ def test_the_pareto_front_is_what_none_beats_in_both():
     """λ = 0 has (macs, accuracy) = (1, 60), (4, 90), dense (9, 88); λ = 1 has (1, 50), (3, 95)."""
     points = [(0, 0, 9, 88), (0, 0.5, 4, 90), (0, 0.9, 1, 60), (1, 0.5, 3, 95), (1, 0.9, 1, 50)]
     rows = [
-        dict.fromkeys(sweeps.COLUMNS, np.nan)
+        dict.fromkeys(tasks.COLUMNS, np.nan)
         | {"l1_lambda": k, "pruning_ratio": r, "seed": s, "macs": 1e6 * m}
         | {"finetuned_accuracy" if r else "trained_accuracy": accuracy + s}
         for k, r, m, accuracy in points
         for s in (-1, 1)
     ]
-    figure = sweep_report.accuracy_against_macs(pd.DataFrame(rows), "noise")
+    figure = page.accuracy_against_macs(pd.DataFrame(rows), "noise")
     (front,) = [line for line in figure.axes[0].lines if line.get_label() == "Pareto front"]
     assert [*zip(*front.get_data(), strict=True)] == [(1, 60), (3, 95)]
 
 
 def test_the_page_shows_mean_and_deviation_and_every_picture():
-    sweep_report.write_page(FOLDER, make(seeds=(1, 2))[0])
-    page = (FOLDER / "README.md").read_text("utf-8")
+    page.write_page(FOLDER, make(seeds=(1, 2))[0])
+    shown = (FOLDER / "README.md").read_text("utf-8")
     values = table().loc[(0.0, 0.5), "finetuned_accuracy"]
-    assert f"{values.mean():.2f} ± {values.std():.2f}" in page
-    assert all(f"({picture.name})" in page for picture in FOLDER.glob("*.png"))
+    assert f"{values.mean():.2f} ± {values.std():.2f}" in shown
+    assert all(f"({picture.name})" in shown for picture in FOLDER.glob("*.png"))
 
 
 def test_the_picture_of_a_single_lambda_has_room_for_its_title_and_legend():
     one = pd.DataFrame({"l1_lambda": 0.001, "pruning_ratio": [0.0, 0.5], "trained_accuracy": 80.0,
                         "raw_accuracy": 10.0, "repaired_accuracy": 79.0,
                         "finetuned_accuracy": 81.0})  # fmt: skip
-    figure = sweep_report.accuracy_against_ratio(one, "CIFAR-10")
+    figure = page.accuracy_against_ratio(one, "CIFAR-10")
     figure.draw_without_rendering()
     for part in (figure.texts[0], figure.legends[0]):
         box = part.get_window_extent()

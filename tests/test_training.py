@@ -25,12 +25,12 @@ from torch.testing import assert_close
 
 from models.vgg import VGG
 from utils import training
-from utils.checkpoint import CheckpointError, load, save
-from utils.data import ImageData
 from utils.engine import seconds_per_epoch
-from utils.resume import only_writer
+from utils.images.data import ImageData
 from utils.sparsity import add_l1_subgradient, bn_layers
 from utils.step import TrainStep
+from utils.store.checkpoint import CheckpointError, load, save
+from utils.store.resume import only_writer
 from utils.training import DivergenceError, Evaluation, Stopped, evaluate, fit, learning_rate
 
 # --- the learning rate ---------------------------------------------------------------------------

@@ -7,10 +7,10 @@ import torch
 from hypothesis import strategies as st
 
 from models.vgg import VGG
-from utils.checkpoint import COLUMNS, Checkpoint
-from utils.config import PROFILES, Profile
-from utils.data import ImageData
+from utils.images.data import ImageData
+from utils.profile import PROFILES, Profile
 from utils.sparsity import bn_layers
+from utils.store.checkpoint import COLUMNS, Checkpoint
 from utils.training import fit
 
 TINY_CFG = [3, 4, "M", 5]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.config import Profile
-from utils.data import ImageData
+from utils.images.data import ImageData
+from utils.profile import Profile
 from utils.step import TrainStep
 
 

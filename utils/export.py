@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.pictures import read_image
+from utils.images.pictures import read_image
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -209,7 +209,7 @@ def _needed(package: str):
 
 
 def _write(content, path: str | Path) -> None:
-    from utils.files import write_whole
+    from utils.store.files import write_whole
 
     write_whole(path, content.SerializeToString(deterministic=True))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.config import Profile
+from utils.profile import Profile
 from utils.sparsity import add_l1_subgradient
 
 Penalty = Callable[[nn.Module, float], None]

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.vgg import VGG
-from utils.checkpoint import Checkpoint, History, save
-from utils.config import Profile
-from utils.data import ImageData
 from utils.engine import choose_engine, fits_in_memory, make_step
-from utils.resume import only_writer, resume, training_settings
+from utils.images.data import ImageData
+from utils.profile import Profile
 from utils.sparsity import add_l1_subgradient, sparsity
 from utils.step import Penalty, TrainStep
+from utils.store.checkpoint import Checkpoint, History, save
+from utils.store.resume import only_writer, resume, training_settings
 
 EXPLODED = 100.0
 """A mean loss this many times that of guessing means that the run has diverged."""

@@ -1,0 +1,1 @@
+"""Many runs: every λ at every pruning ratio with several seeds."""

@@ -1,0 +1,1 @@
+"""One run: its identity, its steps, which network to cut, its results, its notebooks."""

@@ -1,0 +1,1 @@
+"""Files written whole, and checkpoints that are trusted in nothing."""
