@@ -12,20 +12,27 @@
 # make clean-checkpoints  remove the checkpoints of every run, after a question
 #
 # PROFILE=quick|laptop|cifar10|paper   LAB_DATA=a folder of images   LAB_EPOCHS=10   RUN=a name
+# LAB_DEVICE=cpu|cuda|cuda:1|mps
 # Without PROFILE `make lab` is quick, whose images need no network (a sweep on a GPU: cifar10).
 
 PYTHON ?= python3
 BIN    := .venv/bin
 
-# What is typed goes before what the shell has inherited; LAB_DATA and LAB_EPOCHS make passes on.
+# What is typed goes on as it is, through the environment: neither make nor a shell expands it.
+TYPED := PROFILE RUN STUDENT ZIP LAB_PROFILE LAB_RUN LAB_DATA LAB_EPOCHS LAB_DEVICE LAB_CLUSTER
+as_it_is = $(if $(filter command,$(origin $1)),$(eval override export $1 := $$(value $1)))
+$(foreach name,$(TYPED),$(call as_it_is,$(name)))
 ifdef PROFILE
-export LAB_PROFILE := $(PROFILE)
+export LAB_PROFILE := $(value PROFILE)
 endif
 ifdef RUN
-export LAB_RUN := $(RUN)
+export LAB_RUN := $(value RUN)
 endif
-# $(call needed,ZIP): the value of ZIP, or an error that says how to give it.
-needed = $(or $($1),$(error $1 is missing: make $@ $1=…))
+# What would change how Python and matplotlib behave stays with the shell that set it.
+unexport PYTHONPATH PYTHONHOME PYTHONSAFEPATH PYTHONSTARTUP PYTHONOPTIMIZE PYTHONWARNINGS
+unexport MPLBACKEND MATPLOTLIBRC
+# $(call needed,ZIP): an error that says how to give ZIP, if it is missing.
+needed = $(if $(value $1),,$(error $1 is missing: make $@ $1=…))
 
 .PHONY: lab notebook test handin check student sweep benchmark soak coverage
 .PHONY: clean clean-checkpoints
@@ -39,13 +46,13 @@ notebook: .venv/lab
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 
 handin: .venv/handin
-	$(BIN)/python -m coursework.hand_in "$(call needed,STUDENT)"
+	$(call needed,STUDENT)$(BIN)/python -m coursework.hand_in "$$STUDENT"
 
 check: .venv/lab
-	$(BIN)/python -m coursework.check "$(call needed,ZIP)"
+	$(call needed,ZIP)$(BIN)/python -m coursework.check "$$ZIP"
 
 student: .venv/lab
 	$(BIN)/python -m coursework.student

@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 
 from models.vgg import VGG
+from utils.engine import pick_device
 from utils.images.sources import load_data
 from utils.profile import get_profile
-from utils.run.machine import describe_machine, pick_device
+from utils.run.machine import describe_machine
 from utils.store.files import write_json
 from utils.training import fit
 

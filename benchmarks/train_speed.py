@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from models.vgg import VGG
 from utils.cost import macs
-from utils.engine import Engine, choose_engine, make_step
+from utils.engine import Engine, choose_engine, make_step, pick_device
 from utils.images.data import ImageData
 from utils.profile import Profile, get_profile
 from utils.pruning import plan_pruning, slim
-from utils.run.machine import describe_machine, pick_device
+from utils.run.machine import describe_machine
 from utils.sparsity import bn_layers
 from utils.store.files import write_json
 from utils.training import fit

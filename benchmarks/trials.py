@@ -21,13 +21,14 @@ import torch
 
 from models.vgg import VGG
 from utils.cost import macs
+from utils.engine import pick_device
 from utils.images.data import ImageData
 from utils.images.sources import load_data
 from utils.profile import Profile, get_profile
 from utils.pruning import PruningPlan, plan_pruning
-from utils.run import lab
+from utils.run import lab, tuning
 from utils.run.identity import Run, begin
-from utils.run.machine import describe_machine, pick_device
+from utils.run.machine import describe_machine
 from utils.store.files import write_json
 
 BASE = "one cut"
@@ -52,8 +53,8 @@ def ways(profile: Profile) -> dict[str, dict]:
         "no crop": once | {"crop_padding": 0},
         "schedule: step, lr 0.1": once | {"finetune_schedule": "step", "finetune_lr": 0.1},
         "twice the lr": once | faster,
-        "weight decay 5e-4": once | {"weight_decay": 5e-4},
-        "twice the lr, weight decay 5e-4": once | faster | {"weight_decay": 5e-4},
+        "weight decay 5e-4": once | {"finetune_weight_decay": 5e-4},
+        "twice the lr, weight decay 5e-4": once | faster | {"finetune_weight_decay": 5e-4},
         "distillation 0.5": once | {"distillation": 0.5},
         f"{3 * epochs} epochs": once | {"finetune_epochs": 3 * epochs},
         UNPENALIZED: once,
@@ -73,8 +74,8 @@ def reached(
     if plan:
         network = lab.cut_on(run, data, network, plan)
     else:
-        *_, (_, network, _) = lab.in_passes(run, data, network, l1_lambda, ratios)
-    tuned = lab.finetune(run, data, network, teacher=dense, label=run.name, quiet=True)
+        *_, (_, network, _) = tuning.in_passes(run, data, network, l1_lambda, ratios)
+    tuned = tuning.finetune(run, data, network, teacher=dense, label=run.name)
     return {
         "accuracy (%)": tuned.history.test_accuracy[-1],
         "MACs (M)": macs(network) / 1e6,

@@ -1,159 +1,132 @@
 """Look over archives that were handed in, without executing anything in them: `make check ZIP=…`.
-
-A line for each: what is missing, which run, the accuracies it claims, who else has that run.
-"""
+A line for each: its student, its run, the accuracies, who else has that run, what is wrong."""
 
 import argparse
 import re
 import stat
 import sys
 import zipfile
-from collections import defaultdict
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from collections import Counter, namedtuple
+from collections.abc import Collection
+from pathlib import Path
 
 from tabulate import tabulate
 
-from coursework.handed_in import ARCHIVE, NEEDED, REPORT, STUDENT, Results, inspect
+from coursework.handed_in import ARCHIVE, NEEDED, REPORT, STUDENT, cuts, inspect, lacks
+from utils.repair import RUNGS
 
-LARGEST_ARCHIVE = 30_000_000
-LARGEST_FILE = 10_000_000
-"""Bytes of a file that is read, unpacked; notebooks with their plots have about one million."""
-FOREIGN = (".pt", ".pth", ".onnx", ".npz", ".npy", ".pkl", ".bin", ".gz", ".tar", ".zip", ".pyc")
-"""Endings of weights, data sets and caches."""
-COLUMNS = ("archive", "run", "test accuracy: raw cut → fine-tuned (%)", "same run", "what is wrong")
-
-
-@dataclass
-class HandIn:
-    """What was found in an archive."""
-
-    name: str
-    run: str = ""
-    claims: str = ""
-    problems: list[str] = field(default_factory=list)
-
-
-class Unacceptable(Exception):
-    """Why an archive is not read further."""
+LARGEST = 30_000_000  # bytes; notebooks with their plots have a few million
+ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz")
+UNWANTED = (".pt", ".pth", ".safetensors", ".onnx", ".npz", ".npy", ".pkl", ".bin", ".pyc")
+BY_SYSTEMS = re.compile(r"(^|/)(__MACOSX/|\._|\.DS_Store$|Thumbs\.db$|desktop\.ini$)", re.I)
+COLUMNS = ("archive", "student", "run", "raw cut → fine-tuned (%)", "same run", "what is wrong")
+HandIn = namedtuple("HandIn", "name problems student run claims", defaults=("", "", ""))
 
 
 def check(paths: list[Path]) -> list[HandIn]:
-    """Look into each archive of `paths`, of a folder all its *.zip."""
-    archives = [
-        archive
-        for path in paths
-        for archive in (sorted(path.rglob("*.zip")) if path.is_dir() else [path])
-    ]
-    return [_look_into(archive) for archive in archives]
+    """Look into each archive of `paths`, of a folder into each file in it."""
+    found = {}
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file())  # none in a file
+        found |= {p: p.relative_to(path).as_posix() for p in files} or {path: path.name}
+    return [_look_into(file, n) for file, n in found.items() if not BY_SYSTEMS.search(n)]
 
 
-def _look_into(path: Path) -> HandIn:
-    hand_in = HandIn(path.name)
-    pattern = re.escape(ARCHIVE).replace(re.escape("{student}"), f"({STUDENT})")
-    name = re.fullmatch(pattern, path.name)
-    if not name:
-        hand_in.problems.append(f"its name is not {ARCHIVE.format(student='<student>')}")
+def _look_into(path: Path, name: str) -> HandIn:
     try:
-        if path.stat().st_size > LARGEST_ARCHIVE:
-            raise Unacceptable(f"larger than {LARGEST_ARCHIVE / 1e6:g} MB; not opened")
+        if path.suffix.lower() != ".zip":
+            raise ValueError(f"not a zip: ask for {ARCHIVE.format(student='<student>')}")
+        if path.stat().st_size > LARGEST:
+            raise ValueError("larger than 30 MB; if it holds all hand-ins, unpack it")
         with zipfile.ZipFile(path) as archive:
             entries = _entries(archive)
-            wanted = [*NEEDED, REPORT.format(student=name[1])] if name else NEEDED
-            files = {n: _read(archive, entries[n]) for n in wanted if n in entries}
-    except Unacceptable as error:
-        hand_in.problems.append(str(error))
+            report, student = _report(entries, path.name)
+            files = {n: archive.read(entries[n]) for n in (*NEEDED, report) if n in entries}
+    except ValueError as error:
+        return HandIn(name, [str(error)])
     except Exception as error:  # whatever a hostile archive can raise: the others are still read
-        hand_in.problems.append(f"not a readable archive ({type(error).__name__})")
-    else:
-        hand_in.problems += _missing(entries, name and name[1], files)
-        run, results, problems = inspect(files)
-        hand_in.problems += problems
-        hand_in.run = f"{run.id} begun {run.began}" if run else ""
-        if results:
-            hand_in.claims = _claims(results)
-            hand_in.problems += [f"not in its run: {what}" for what in results.lacks()]
-    return hand_in
+        return HandIn(name, [f"not a readable archive ({type(error).__name__})"])
+    run, results, problems = inspect(files)
+    due = ARCHIVE.format(student=student or "<student>")
+    misnamed = [f"its name is not {due}"] * (not _names(ARCHIVE, path.name, student))
+    claims, problems = [], [*misnamed, *_missing(entries, report, files), *problems]
+    if results:
+        problems += [f"not in its run: {what}" for what in lacks(results)]
+        for cut, tuned in cuts(results):
+            raw, after = cut["evaluations"][RUNGS[0]]["accuracy"], tuned["test"]["accuracy"]
+            claims.append(f"{100 * cut['pruning_ratio']:g}%: {raw:.2f} → {after:.2f}")
+    begun = f"{run['id']} begun {run['began']}" if run else ""
+    return HandIn(name, problems, student, begun, ", ".join(claims))
+
+
+def _names(pattern: str, name: str, student: str = STUDENT) -> re.Match | None:
+    """Whose `name` is, if it is `pattern` or what Canvas, Moodle or a browser has made of it, as in
+    wang_1_2_EAI_Lab4_RE6121011-1.zip: something before it, something before its ending."""
+    stem, dot, ending = re.escape(pattern).rpartition(r"\.")
+    stem = stem.replace(r"\{student\}", f"({student})")
+    return re.search(rf"{stem}(?![a-z0-9])[^/]*{dot}{ending}$", name, re.IGNORECASE)
 
 
 def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The files of an archive by name, without a folder that is around them all.
-
-    Raises Unacceptable for names or kinds of entries that could do harm when unpacked.
-    """
-    entries, seen = {}, set()
+    """The files of an archive, by their path from the folder that has most of what is NEEDED.
+    Raises ValueError for what could do harm when unpacked, and for an archive of archives."""
+    entries = {}
     for entry in archive.infolist():
-        name = entry.orig_filename
-        parts = PurePosixPath(name).parts
-        if name.startswith("/") or "\\" in name or ":" in name or ".." in parts:
-            raise Unacceptable(f"unpacks outside its folder: {name}")
-        if stat.S_ISLNK(entry.external_attr >> 16):
-            raise Unacceptable(f"a link: {name}")
-        if entry.flag_bits & 1:
-            raise Unacceptable(f"encrypted: {name}")
-        if name.casefold() in seen:  # one system unpacks the first of them, another the last
-            raise Unacceptable(f"twice in it: {name}")
-        seen.add(name.casefold())
-        if not entry.is_dir() and parts[0] != "__MACOSX":
-            entries[name] = entry
-    tops = {name.split("/")[0] if "/" in name else "" for name in entries}
-    if len(tops) == 1 and "" not in tops:
-        return {name.split("/", 1)[1]: entry for name, entry in entries.items()}
-    return entries
+        landing = _landing(entry.orig_filename)
+        if stat.S_ISLNK(entry.external_attr >> 16) or entry.flag_bits & 1:
+            raise ValueError(f"encrypted, or a link: {entry.orig_filename}")
+        if entry.orig_filename[-1] not in "/\\" and not BY_SYSTEMS.search(landing):
+            entries[landing] = entry
+    tops = Counter(n[: n.rfind("/") + 1] for n in entries if n.rpartition("/")[2] in NEEDED)
+    inner = [name for name in entries if name.lower().endswith(ARCHIVES)]
+    if inner and not tops:
+        raise ValueError(f"an archive of {len(inner)} archives: unpack it, and check its folder")
+    if (unpacked := sum(entry.file_size for entry in archive.infolist())) > LARGEST:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size).orig_filename
+        raise ValueError(f"unpacks to {unpacked / 1e6:,.0f} MB; its largest file is {largest}")
+    root = max(sorted(tops, key=len), key=tops.get, default="")
+    return {n[len(root) :] if n.startswith(root) else f"../{n}": e for n, e in entries.items()}
 
 
-def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """The content of a file; never more than LARGEST_FILE is unpacked."""
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Unacceptable(f"packed in an unusual way: {entry.filename}")  # may ask for any memory
-    with archive.open(entry) as file:
-        content = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise Unacceptable(f"larger than {LARGEST_FILE / 1e6:g} MB unpacked: {entry.filename}")
-    return content
+def _landing(name: str) -> str:
+    """Where an entry would land when it is unpacked. Raises ValueError for a way out. A backslash
+    is a separator, as on Windows; where it is half of a character, it only adds a folder."""
+    parts = name.replace("\\", "/").split("/")
+    climbs = any(".." in part and not part.strip(". ") for part in parts)  # Windows drops ". "
+    if climbs or not parts[0] or re.match("[a-z]:", name, re.IGNORECASE):
+        raise ValueError(f"unpacks outside its folder: {name}")
+    return "/".join(part for part in parts if part not in ("", "."))
 
 
-def _missing(entries: dict, student: str | None, files: dict[str, bytes]) -> list[str]:
+def _report(entries: Collection[str], archive: str) -> tuple[str, str]:
+    """The report's name and student; of several the archive's; without one, what it should be."""
+    found = {n: m[1] for n in sorted(entries) if "/" not in n and (m := _names(REPORT, n))}
+    student = m[1] if (m := _names(ARCHIVE, archive)) else ""
+    found = found or {REPORT.format(student=student or "<student>"): student}
+    return max(found.items(), key=lambda item: bool(_names(ARCHIVE, archive, item[1])))
+
+
+def _missing(entries: Collection[str], report: str, files: dict[str, bytes]) -> list[str]:
     """What else a hand-in must have, and what it must not."""
-    problems = [
-        f"{needed}: missing"
-        for needed in ("models/vgg.py", "utils/training.py", "requirements.txt")
-        if needed not in entries
-    ]
-    report = REPORT.format(student=student or "<student>")
-    if not files.get(report, b"").startswith(b"%PDF-"):
-        problems.append(f"{report}: {'not a PDF' if report in files else 'missing'}")
-    foreign = [name for name in entries if name.lower().endswith(FOREIGN)]
-    if foreign:
-        problems.append(f"weights, data or caches in it: {', '.join(foreign[:3])}")
+    needed = ("models/vgg.py", "utils/training.py", "requirements.txt", report)
+    problems = [f"{name}: missing" for name in needed if name not in entries]
+    if not files.get(report, b"%PDF-").startswith(b"%PDF-"):
+        problems.append(f"{report}: not a PDF")
+    if unwanted := [name for name in entries if name.lower().endswith((*UNWANTED, *ARCHIVES))]:
+        problems.append(f"weights, data, caches or archives in it: {', '.join(unwanted[:3])}")
     return problems
 
 
-def _claims(results: Results) -> str:
-    return ", ".join(
-        f"{100 * cut.pruning_ratio:g}%: {cut.evaluations.raw.accuracy:.2f} → "
-        f"{tuned.test.accuracy:.2f}"
-        for cut, tuned in results.cuts()
-    )
-
-
 def table(hand_ins: list[HandIn]) -> str:
-    """A line for each archive, in columns."""
-    owners = defaultdict(list)
-    for hand_in in hand_ins:
-        owners[hand_in.run].append(hand_in)
-    rows = [COLUMNS]
-    for hand_in in hand_ins:
-        others = [h.name for h in owners[hand_in.run] if hand_in.run and h is not hand_in]
-        wrong = "; ".join(hand_in.problems) or "nothing"
-        rows.append((hand_in.name, hand_in.run, hand_in.claims, ", ".join(others), wrong))
-    rows = [[_printable(value) or "–" for value in row] for row in rows]
-    return tabulate(rows[1:], rows[0], tablefmt="plain", disable_numparse=True)
-
-
-def _printable(text: str) -> str:
-    """Names come from strangers: no control characters for the terminal, no endless lines."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:600]
+    """A line for each file, in columns."""
+    rows = []
+    for found in hand_ins:
+        others = [h.name for h in hand_ins if h is not found and found.run == h.run != ""]
+        what = "; ".join(found.problems) or "nothing"
+        row = (found.name, found.student, found.run, found.claims, ", ".join(others), what)
+        # Names come from strangers: nothing for the terminal to obey, no endless lines.
+        rows.append(["".join(c if c.isprintable() else "?" for c in v)[:600] or "–" for v in row])
+    return tabulate(rows, COLUMNS, tablefmt="plain", disable_numparse=True)
 
 
 def main() -> None:
@@ -161,8 +134,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, help="an archive, or a folder of them")
     hand_ins = check(parser.parse_args().paths)
-    if not hand_ins:
-        sys.exit("No archive (*.zip) there.")
     print(table(hand_ins))
     sys.exit(int(any(hand_in.problems for hand_in in hand_ins)))
 

@@ -2,155 +2,136 @@
 
 import importlib
 import io
+import json
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
-from matplotlib import get_data_path, rc_context
+from matplotlib import get_data_path
 from matplotlib.figure import Figure
 
-from coursework.handed_in import Cut, Evaluation, Results, Run, Tuned
-from models.vgg import VGG, VGG_CFGS, scale_cfg, widths
+from coursework.handed_in import Results, cuts
+from models.vgg import VGG, widths
 from utils import plots
+from utils.repair import RUNGS
+from utils.run.identity import Run
 from utils.sparsity import EPS
+from utils.store.files import write_whole
 
+ROOT = Path(__file__).resolve().parent.parent
 INSTALL = "python -m pip install -r requirements-handin.txt"
+RIGHT_TO_LEFT = ("R", "AL", "AN", "RLE", "RLO", "RLI")  # fpdf2 would set them backwards
 
 
 class ReportError(Exception):
-    """A report that can't be made; the message says what is missing and how to get it."""
+    """A report that can't be made: what is missing and how to get it."""
 
 
 def write_report(
-    path: Path,
-    *,
-    student: str,
-    run: Run,
-    results: Results,
-    gammas: Mapping[float, np.ndarray],
-    sections: Sequence[tuple[str, str]],
-    words: Mapping[str, str],
+    path: Path, student: str, run: Run, results: Results, gammas: Mapping, sections, language: str
 ) -> None:
-    """Write the report: curves, γ, one section for each pruning ratio, problems.
-
-    `gammas`: γ of all channels, 1-D, for each λ. `sections`: title and the student's own text (""
-    if there is none) of each. `words`: what docs/report_words.json has for a language. The same
-    input gives the same bytes. Raises ReportError without fpdf2, or without a font for one of the
-    characters.
-    """
-    trained = results.sparsity_train
-    page = _Pages([*words.values(), *(text for section in sections for text in section)])
-    page.write(words["title"].format(data=trained.data), size=16, style="B")
-    page.write(words["student"].format(student=student, name=run.name, id=run.id))
-    images = run.data.model_dump(include={"train", "test"})
-    page.write(words["run"].format(**trained.profile.model_dump(), **images))
+    """Write the report: curves, γ, one section for each pruning ratio, problems, further text.
+    `gammas`: 1-D, for each λ. `sections`: title and the student's own text of each, "" if there is
+    none. Raises ReportError without fpdf2, or for what can't be set."""
+    words = json.loads((ROOT / "docs" / "report_words.json").read_text("utf-8"))[language]
+    page = Pages(words, len(run.data["classes"]))
+    trained, pairs = results["sparsity_train"], cuts(results)
+    page.write(words["title"].format(data=trained["data"]), size=16, style="B")
+    page.say("student", student=student, name=run.name, id=run.id)
+    page.say("run", **vars(trained["profile"]), train=run.data["train"], test=run.data["test"])
     for number, (title, own_text) in enumerate(sections, start=1):
-        page.heading(f"{number}  {title}")
+        if page.pdf.will_page_break(60):  # a heading stays with what follows
+            page.pdf.add_page()
+        page.pdf.ln(2)
+        page.write(f"{number}  {title}", size=12.5, style="B")
         if number == 1:
-            _curves(page, words, results, len(run.data.classes))
+            histories = {r["l1_lambda"]: r for r in trained["runs"]}
+            page.draw(plots.training_curves(histories, trained["data"]))
+            for r in trained["runs"]:
+                last = {"train": r["train_accuracy"][-1], "test": r["test_accuracy"][-1]}
+                last |= {"sparse": 100 * r["sparsity"][-1], "epochs": len(r["lr"]), "eps": EPS}
+                page.say("trained", last["test"], l1_lambda=r["l1_lambda"], **last)
         elif number == 2:
-            _distributions(page, words, gammas, trained.data)
-        elif number < len(sections):
-            _cut(page, words, results, *results.cuts()[number - 3], len(run.data.classes))
+            page.draw(plots.gamma_distributions(gammas, trained["data"]))
+            for value, sizes in ((value, np.abs(gamma)) for value, gamma in gammas.items()):
+                page.say("gammas", l1_lambda=value, median=np.median(sizes), largest=sizes.max())
+        elif number - 3 < len(pairs):
+            _cut(page, results, *pairs[number - 3])
         page.write(own_text or words["not written"], gray=0 if own_text else 130)
-    page.pdf.output(str(path))
+    page.save(path)
 
 
-def _curves(page: "_Pages", words: Mapping, results: Results, classes: int) -> None:
-    trained = results.sparsity_train
-    histories = {run.l1_lambda: run.model_dump() for run in trained.runs}
-    page.draw(plots.training_curves(histories, trained.data))
-    for run in trained.runs:
-        numbers = {"train": run.train_accuracy[-1], "test": run.test_accuracy[-1], "eps": EPS}
-        numbers |= {"sparse": 100 * run.sparsity[-1], "epochs": len(run.lr)}
-        sentence = words["trained"].format(l1_lambda=run.l1_lambda, **numbers)
-        page.write("\n".join([sentence, *_if_guessed(words, numbers["test"], classes)]))
-
-
-def _distributions(page: "_Pages", words: Mapping, gammas: Mapping, data: str) -> None:
-    page.draw(plots.gamma_distributions(gammas, data))
-    for l1_lambda, gamma in gammas.items():
-        sizes = {"median": np.median(np.abs(gamma)), "largest": np.abs(gamma).max()}
-        page.write(words["gammas"].format(l1_lambda=l1_lambda, **sizes))
-
-
-def _cut(
-    page: "_Pages", words: Mapping, results: Results, cut: Cut, tuned: Tuned, classes: int
-) -> None:
-    data, profile, stages = results.vggprune.data, results.vggprune.profile, cut.evaluations
-    dense = widths(scale_cfg(VGG_CFGS[profile.depth], profile.width))
-    kept = widths(cut.cfg)
-    numbers = {"realised": 100 * cut.realised_ratio, "kept": sum(kept), "total": sum(dense)}
-    page.write(words["cut"].format(**cut.model_dump(exclude={"evaluations"}), **numbers))
-    curves = {tuned.network: tuned.model_dump()}
-    after = {tuned.network: stages.repaired.accuracy}
-    uncut = results.train_prune_model.dense_accuracy()
+def _cut(page: "Pages", results: Results, cut: dict, tuned: dict) -> None:
+    dense, kept = widths(results["vggprune"]["profile"].cfg), widths(cut["cfg"])
+    numbers = {"realised": 100 * cut["realised_ratio"], "kept": sum(kept), "total": sum(dense)}
+    page.say("cut", **cut | numbers)
+    weakest = min(results["sparsity_train"]["runs"], key=lambda run: run["l1_lambda"])
+    around, data, network = cut["evaluations"], results["vggprune"]["data"], tuned["network"]
+    raw, repaired = around[RUNGS[0]], around[RUNGS[-1]]
+    title, start = f"λ = {cut['l1_lambda']:g}, {data}", {network: repaired["accuracy"]}
     page.draw(
-        plots.kept_channels(dense, {cut.pruning_ratio: kept}, f"λ = {cut.l1_lambda:g}, {data}"),
-        plots.finetuning_curves(curves, after, uncut, data),
+        plots.kept_channels(dense, {cut["pruning_ratio"]: kept}, title),
+        plots.finetuning_curves({network: tuned}, start, weakest["test_accuracy"][-1], data),
     )
-    for name, measured in (*stages, ("finetuned", tuned.test)):
-        title = words[name].format(epochs=len(tuned.lr))
-        guessed = _if_guessed(words, measured.accuracy, classes)
-        page.write("\n".join([title, _course_line(measured), *guessed]))
-    page.write(words["network"])
-    page.write(str(VGG(cut.cfg, num_classes=classes)), size=6.5, font="mono")
+    measured = (around["before the cut"], raw, repaired, tuned["test"])
+    for key, found in zip(("before", "raw", "repaired", "finetuned"), measured, strict=True):
+        page.say(key, found["accuracy"], epochs=len(tuned["lr"]), **found)
+    page.say("network")
+    page.write(str(VGG(cut["cfg"], num_classes=page.classes)), size=6.5, font="mono")
 
 
-def _course_line(measured: Evaluation) -> str:
-    """What the course's own test() prints."""
-    counted = f"{measured.correct}/{measured.images} ({measured.accuracy:.1f}%)"
-    return f"Test set: Average loss: {measured.loss:.4f}, Accuracy: {counted}"
+class Pages:
+    """A4 pages that fill from top to bottom. Every text of them goes through `write`."""
 
-
-def _if_guessed(words: Mapping, accuracy: float, classes: int) -> list[str]:
-    """A word on an accuracy that needs no training, if this is one."""
-    chance = 100 / classes
-    said = words["chance"].format(classes=classes, chance=chance)
-    return [said] if accuracy < 1.5 * chance else []
-
-
-class _Pages:
-    """A4 pages that fill from top to bottom, in fonts that have every character of `texts`."""
-
-    def __init__(self, texts: Sequence[str]):
+    def __init__(self, words: Mapping[str, str], classes: int):
         try:
             from fpdf import FPDF
         except ImportError:
             raise ReportError(f"the report needs fpdf2: {INSTALL}") from None
+        self.words, self.classes = words, classes
+        self.unset = {}  # characters that can't be set, and where each was met
         pdf = self.pdf = FPDF(format="A4")
+        pdf.alias_nb_pages(None)  # else "{nb}" in a text becomes a number
         pdf.set_creation_date(datetime(2000, 1, 1, tzinfo=timezone.utc))  # same input, same bytes
         pdf.set_margin(18)
         pdf.set_auto_page_break(True, margin=18)
-        files = {("text", ""): "Sans", ("text", "B"): "Sans-Bold", ("mono", ""): "SansMono"}
-        for (family, style), file in files.items():  # they come with matplotlib
-            pdf.add_font(family, style, Path(get_data_path(), "fonts", "ttf", f"DejaVu{file}.ttf"))
-        known = set(pdf.fonts["text"].cmap)
+        fonts = Path(get_data_path(), "fonts", "ttf")  # they come with matplotlib
+        for family, style, file in (("text", "", ""), ("text", "B", "-Bold"), ("mono", "", "Mono")):
+            pdf.add_font(family, style, fonts / f"DejaVuSans{file}.ttf")
         for package in ("pylopdf_fonts_zh_tw", "pylopdf_fonts_zh_cn"):
             with suppress(ImportError):
                 pdf.add_font(package, "", importlib.import_module(package).sans_path())
-                known |= set(pdf.fonts[package].cmap)
-        chinese = [family for family in pdf.fonts if "zh" in family]
-        pdf.set_fallback_fonts(chinese, exact_match=False)
-        unknown = sorted({c for text in texts for c in text if ord(c) not in known and c != "\n"})
-        if unknown:
-            shown = "".join(unknown[:10])
-            raise ReportError(f"no font here has {shown}: {INSTALL} (or leave them out)")
+        everywhere = [family for family in pdf.fonts if family == "text" or "zh" in family]
+        pdf.set_fallback_fonts(everywhere, exact_match=False)
+        self.known = {ord("\n")}.union(*(pdf.fonts[family].cmap for family in everywhere))
         pdf.add_page()
 
-    def heading(self, text: str) -> None:
-        if self.pdf.will_page_break(60):  # a heading stays with what follows
-            self.pdf.add_page()
-        self.pdf.ln(2)
-        self.write(text, size=12.5, style="B")
+    def save(self, path: Path) -> None:
+        """Write the PDF. Raises ReportError if a text had characters that can't be set."""
+        if self.unset:
+            why = "no font here has them, or they run from right to left"
+            listed = "; ".join([*self.unset.values()][:10])
+            raise ReportError(f"can't show {listed}: {why}. Leave them out; for Chinese: {INSTALL}")
+        write_whole(path, self.pdf.output())
 
-    def write(
-        self, text: str, *, size: float = 9.5, style: str = "", gray: int = 0, font: str = "text"
-    ) -> None:
-        text = text.strip(" ").replace(" %", "\u00a0%")
+    def say(self, key: str, accuracy: float = 100.0, /, **numbers) -> None:
+        """Write a sentence of `words`; one more if `accuracy`, in %, is hardly above guessing."""
+        chance = 100 / self.classes
+        text = self.words[key]
+        if accuracy < chance + (100 - chance) / 10:
+            text += "\n" + self.words["chance"]
+        self.write(text.format(classes=self.classes, chance=chance, **numbers))
+
+    def write(self, text: str, *, size=9.5, style="", gray=0, font="text") -> None:
+        text = unicodedata.normalize("NFC", text).strip(" ").replace(" %", "\u00a0%")
+        for i, c in enumerate(text):
+            if ord(c) not in self.known or unicodedata.bidirectional(c) in RIGHT_TO_LEFT:
+                name = f"U+{ord(c):04X} {unicodedata.name(c, 'without a name')}"
+                self.unset.setdefault(c, f"{c} ({name}) in {text[max(0, i - 20) : i + 20]!r}")
         # Chinese has no spaces: a line may end after each character, but not before a full stop.
         after, before = r"(?<=[\u3000-\uffef])(?<![（「『])", r"(?![，。、；：！？）」』])"
         text = re.sub(after + before, "\u200b", text)
@@ -164,14 +145,13 @@ class _Pages:
         """Figures side by side, as vectors."""
         pdf, share = self.pdf, self.pdf.epw / len(figures)
         sizes = [figure.get_size_inches() for figure in figures]
-        widths = [min(share - 2, 25.4 * width) for width, _ in sizes]
-        height = max(w * size[1] / size[0] for w, size in zip(widths, sizes, strict=True))
-        if pdf.will_page_break(height):
+        scale = min(25.4, *((share - 2) / width for width, _ in sizes))  # mm an inch
+        if pdf.will_page_break(height := scale * max(height for _, height in sizes)):
             pdf.add_page()
-        top = pdf.get_y()
-        for column, (figure, width) in enumerate(zip(figures, widths, strict=True)):
-            svg, nothing = io.BytesIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            with rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
+        top, nothing = pdf.get_y(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        for column, figure in enumerate(figures):
+            svg = io.BytesIO()
+            with plots.style(**{"svg.hashsalt": "report", "svg.fonttype": "path"}):
                 figure.savefig(svg, format="svg", metadata=nothing)
-            pdf.image(svg, x=pdf.l_margin + column * share, y=top, w=width)
+            pdf.image(svg, x=pdf.l_margin + column * share, y=top, w=scale * sizes[column][0])
         pdf.set_y(top + height + 2)

@@ -1,12 +1,8 @@
-"""Write the student edition, with blanks to fill in: what `make student` calls.
+"""Write the student edition of the notebooks in the root, with blanks to fill in: `make student`.
 
-The notebooks in the root are the only source. With --nbgrader the teacher's edition is written
-instead, as <out>/source/network_slimming: solutions, hidden tests and points, as
-`nbgrader generate_assignment network_slimming` takes it. See docs/teachers.md.
-"""
+With --nbgrader: what `nbgrader generate_assignment network_slimming` takes (docs/teachers.md)."""
 
 import argparse
-import ast
 import re
 import sys
 import textwrap
@@ -16,66 +12,60 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-from coursework.rubric import BLANKS, BY_HAND, POINTS, Blank
+from coursework.blanks import BLANKS, GRADED, Graded
 from utils.run.results import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDED_OUT = (
-    "models/*.py", "utils/**/*.py", "LICENSE", "docs/report_*",
+    "models/*.py", "utils/**/*.py", "coursework/*.py", "coursework/blanks.ini", "LICENSE",
     "requirements.txt", "requirements-export.txt", "requirements-handin.txt",
-    *(f"coursework/{name}.py" for name in
-      ("__init__", "blanks", "hand_in", "handed_in", "report", "selfcheck")),
+    "docs/report_*.md", "docs/report_*.json",
 )  # fmt: skip
+TEACHERS = ("check.py", "student.py", "copy_channels.py")  # of coursework/
+TARGETS = ("lab", "notebook", "handin")  # the others need what stays with the teacher
 REGION = re.compile(r"( *)### BEGIN SOLUTION\n(.*?) *### END SOLUTION(?:\n|$)", re.DOTALL)
 HIDDEN = re.compile(r"\n### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS", re.DOTALL)
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()\n"
-NBGRADER = """c = get_config()
-c.Execute.timeout = None  # a cell may train
-c.Execute.iopub_timeout = 60  # seconds, on a machine that is busy
-"""
-
-REDUCED = {
-    "utils/sparsity.py": '''
-def add_l1_subgradient(model: nn.Module, l1_lambda: float) -> None:
+COURSE = {"λ": "l1_lambdas = [0, 1e-4, 1e-2]\n"}  # the notebook in the root has None, the profile's
+NBGRADER = "c = get_config()\nc.Execute.timeout = None\nc.Execute.iopub_timeout = 60\n"
+REDUCED = {  # in place of functions that would give a blank away
+    "utils/sparsity.py": '''def add_l1_subgradient(model: nn.Module, l1_lambda: float) -> None:
     """γ.grad grows by the gradient of λ·Σ|γ|, which autograd finds; you write it out yourself."""
-    gammas = [bn.weight for bn in bn_layers(model)]
-    penalty = l1_lambda * sum(gamma.abs().sum() for gamma in gammas)
-    for gamma, gradient in zip(gammas, torch.autograd.grad(penalty, gammas), strict=True):
-        gamma.grad.add_(gradient)
+    (l1_lambda * sum(bn.weight.abs().sum() for bn in bn_layers(model))).backward()
 ''',
-    "utils/pruning.py": '''
-def slim(model: VGG, plan: PruningPlan) -> VGG:
-    """The slim network, by your own copy_channels, which vggprune.ipynb keeps once it is right."""
-    from coursework.blanks import kept_copy_channels
+    "utils/pruning.py": '''def slim(model: VGG, plan: PruningPlan) -> VGG:
+    """The slim network, by your own copy_channels; until that is kept, the masked one."""
+    from coursework.selfcheck import kept_copy_channels
 
-    _check_fits(model, plan)
-    return kept_copy_channels()(model, plan.cfg, plan.cfg_mask)
+    device = model.classifier.weight.device
+    cfg_mask = [keep.to(device) for keep in masks_for(model, plan)]
+    own = kept_copy_channels(device)
+    return own(model, plan.cfg, cfg_mask) if own else mask(model, plan)
 ''',
 }
-"""Functions that would give a blank away, and what the student edition has in their place."""
 
 
 def teachers_edition(name: str) -> NotebookNode:
-    """The notebook `name` with solutions, tasks, checks, hidden tests and nbgrader's metadata."""
+    """The notebook `name` with solutions, tasks, checks, hidden tests and nbgrader's metadata.
+    Raises ValueError unless it has one solution for each of its blanks."""
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    blanks, cells = iter([b for b in BLANKS if b.notebook == name]), []
+    blanks = [blank for blank in BLANKS if blank.notebook == name]
+    if (n := sum(len(REGION.findall(cell.source)) for cell in notebook.cells)) != len(blanks):
+        raise ValueError(f"{name}.ipynb has {n} solutions, blanks.ini {len(blanks)} blanks for it")
+    left, cells = iter(blanks), []
     for cell in notebook.cells:
         cells.append(cell)
-        if cell.cell_type != "code":
-            continue
-        cell.outputs, cell.execution_count = [], None
-        asked = [next(blanks) for _ in REGION.findall(cell.source)]
-        if asked:
-            cell.source = _with_tasks(cell.source, asked)
-            number = BLANKS.index(asked[0]) + 1
-            cell.metadata["nbgrader"] = _metadata(f"blank-{number}", solution=True)
-            cells += map(_check_cell, asked)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
         if "set_up(" in cell.source:
-            start = "from coursework import blanks, selfcheck\n\nblanks.start()"
-            cells.append(new_code_cell(start, id="start", metadata=_locked("start")))
-    if missing := list(blanks):
-        raise ValueError(f"{name}.ipynb: no solution region for {missing[0].name}")
-    notebook.cells = cells + (_points() if name == NOTEBOOKS[-1] else [])
+            cell.source += "\n\nfrom coursework import selfcheck\n\nselfcheck.start()"
+        if asked := [next(left) for _ in REGION.findall(cell.source)]:
+            tasks = map(_task, asked, REGION.finditer(cell.source))
+            cell.source = REGION.sub(lambda _, tasks=tasks: next(tasks), cell.source)
+            _for_nbgrader(cell, f"blank-{BLANKS.index(asked[0]) + 1}", solution=True)
+            cells += map(_graded_cell, asked)
+    by_hand = [graded for graded in GRADED if graded.notebook == name and not graded.check]
+    notebook.cells = [*cells, *map(_graded_cell, by_hand)]
     return notebook
 
 
@@ -88,79 +78,68 @@ def students_edition(name: str) -> NotebookNode:
     return notebook
 
 
-def _with_tasks(source: str, asked: list[Blank]) -> str:
-    """`source` with title, task and hint as comments above each solution."""
-    left = iter(asked)
-
-    def described(match: re.Match) -> str:
-        blank = next(left)
-        title = f"Blank {BLANKS.index(blank) + 1} of {len(BLANKS)}, {blank.name} ({POINTS} points)"
-        lines = [title, f"Task: {blank.task}", f"Hint: {blank.hint}"]
-        margin = match[1] + "# "
-        return "".join(textwrap.fill(t, 96, initial_indent=margin, subsequent_indent=margin) + "\n"
-                       for t in lines) + match[0]  # fmt: skip
-
-    return REGION.sub(described, source)
+def _task(blank: Graded, region: re.Match) -> str:
+    """A solution with title, task and hint as comments above it."""
+    number, margin = BLANKS.index(blank) + 1, f"{region[1]}# "
+    title = f"Blank {number} of {len(BLANKS)}, {blank.name} ({blank.points} points)"
+    lines = [title, f"Task: {blank.task}", f"Hint: {blank.hint}"]
+    wrapped = "\n".join(textwrap.fill(line, 92 - len(margin)) for line in lines)
+    solution = region[0].replace(region[2], COURSE.get(blank.name, region[2]))
+    return f"{textwrap.indent(wrapped, margin)}\n{solution}"
 
 
-def _check_cell(blank: Blank) -> NotebookNode:
-    number, check = BLANKS.index(blank) + 1, blank.check
-    if blank.name != "λ":
-        hidden = check.removesuffix(")") + ", seed=2026)"
-        check += f"\n### BEGIN HIDDEN TESTS\n{hidden}\n### END HIDDEN TESTS"
-    if blank is BLANKS[-1]:
-        check += "\nblanks.keep(copy_channels, device)  # what follows runs it, notebook 3 too"
-    graded = _metadata(f"check-{number}", grade=True, locked=True, points=POINTS)
-    return new_code_cell(check, id=f"check-{number}", metadata={"nbgrader": graded})
+def _graded_cell(graded: Graded) -> NotebookNode:
+    """Its check, with a hidden one of another seed if it takes one; or what is graded by hand."""
+    points = int(graded.points)
+    if not graded.check:
+        cell = new_markdown_cell(f"{graded.task} ({points} points, graded by hand)")
+        return _for_nbgrader(cell, graded.name, task=True, points=points)
+    lines = [f"selfcheck.{graded.check}"]
+    if "device" in graded.check:
+        hidden = f"{lines[0][:-1]}, seed=2026)"
+        lines += ["### BEGIN HIDDEN TESTS", hidden, "### END HIDDEN TESTS"]
+    if graded == BLANKS[-1]:
+        lines += ["selfcheck.keep(copy_channels, device)  # what follows runs it, notebook 3 too"]
+    cell, number = new_code_cell("\n".join(lines)), BLANKS.index(graded) + 1
+    return _for_nbgrader(cell, f"check-{number}", grade=True, points=points)
 
 
-def _points() -> list[NotebookNode]:
-    """The table of points, and a cell for each part that is graded by hand."""
-    rows = [f"| {blank.name} (`{blank.notebook}.ipynb`) | {POINTS} |" for blank in BLANKS]
-    rows += [f"| {what} | {points} |" for points, what in BY_HAND.values()]
-    total = POINTS * len(BLANKS) + sum(points for points, _ in BY_HAND.values())
-    table = ["## Points", "", "| for | points |", "|---|---|", *rows, f"| **all** | **{total}** |"]
-    cells = [new_markdown_cell("\n".join(table), id="points", metadata=_locked("points"))]
-    for name, (points, what) in BY_HAND.items():
-        task = _metadata(name, locked=True, points=points, task=True)
-        cells.append(new_markdown_cell(f"{what} ({points} points, graded by hand)", id=name,
-                                       metadata={"nbgrader": task}))  # fmt: skip
-    return cells
+def _for_nbgrader(cell: NotebookNode, grade_id: str, solution=False, **given) -> NotebookNode:
+    """The cell with what nbgrader wants to know of it; all but a solution is locked."""
+    what = {"grade": False, "task": False, "solution": solution, "locked": not solution, **given}
+    cell.metadata["nbgrader"] = what | {"grade_id": grade_id, "schema_version": 3}
+    cell.id = grade_id
+    return cell
 
 
-def _metadata(grade_id: str, **given) -> dict:
-    """What nbgrader wants to know of a cell."""
-    plain = {"grade": False, "solution": False, "locked": False, "task": False}
-    return {"grade_id": grade_id, "schema_version": 3, **plain, **given}
+def reduced(path: Path) -> str:
+    """The text of a file, with functions that give a blank away replaced."""
+    source, instead = path.read_text("utf-8"), REDUCED.get(path.relative_to(ROOT).as_posix(), "")
+    whole = rf"^{re.escape(instead.split('(')[0])}\(.*?(?=\n\n\n|\Z)"
+    own = re.search(whole, source, re.M | re.S) if instead else None
+    return source.replace(own[0], instead.rstrip()) if own else source
 
 
-def _locked(grade_id: str) -> dict:
-    return {"nbgrader": _metadata(grade_id, locked=True)}
-
-
-def reduced(path: str) -> str:
-    """The text of a module, with its function that gives a blank away replaced."""
-    source = (ROOT / path).read_text("utf-8")
-    if path not in REDUCED:
-        return source
-    replacement = REDUCED[path].strip("\n").splitlines()
-    [name] = [node.name for node in ast.parse(REDUCED[path]).body]
-    [found] = [n for n in ast.parse(source).body if getattr(n, "name", "") == name]
-    lines = source.splitlines()
-    lines[found.lineno - 1 : found.end_lineno] = replacement
-    return "\n".join(lines) + "\n"
+def makefile() -> str:
+    """The lab's own Makefile, with `TARGETS` only and the environments that they need."""
+    others = rf"(?!({'|'.join(TARGETS)})\b)[\w-]+"
+    dropped = re.compile(rf"^(\.PHONY|(\.venv/)?{others}):(?!=)", re.M)
+    paragraphs = (ROOT / "Makefile").read_text("utf-8").split("\n\n")
+    text = "\n\n".join(p for p in paragraphs if not dropped.search(p))
+    return re.sub(rf"^# make {others} .*\n", "", text, flags=re.M)
 
 
 def write(out: Path, edition=students_edition) -> None:
     """The three notebooks of `edition` and all that they need, to the new folder `out`."""
     if out.exists() and any(out.iterdir()):
         sys.exit(f"{out.resolve()}: is there already; move it away, or name another with --out")
-    for path in sorted(p for pattern in HANDED_OUT for p in ROOT.glob(pattern)):
-        target = out / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(reduced(path.relative_to(ROOT).as_posix()), "utf-8", newline="\n")
-    for name in NOTEBOOKS:
-        nbformat.write(edition(name), out / f"{name}.ipynb")
+    paths = [p for pattern in HANDED_OUT for p in ROOT.glob(pattern) if p.name not in TEACHERS]
+    texts = {path.relative_to(ROOT): reduced(path) for path in sorted(paths)}
+    texts |= {"Makefile": makefile(), "README.md": (ROOT / "docs/student.md").read_text("utf-8")}
+    texts |= {f"{name}.ipynb": nbformat.writes(edition(name)) + "\n" for name in NOTEBOOKS}
+    for path, text in texts.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text(text, "utf-8", newline="\n")
 
 
 def main() -> None:
@@ -169,13 +148,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "student", help="a new folder (student)")
     parser.add_argument("--nbgrader", action="store_true", help="the teacher's edition instead")
     options = parser.parse_args()
+    folder = options.out / "source" / "network_slimming" if options.nbgrader else options.out
+    write(folder, teachers_edition if options.nbgrader else students_edition)
     if options.nbgrader:
-        folder = options.out / "source" / "network_slimming"
-        write(folder, teachers_edition)
         (options.out / "nbgrader_config.py").write_text(NBGRADER, "utf-8")
-    else:
-        folder = options.out
-        write(folder)
     print(f"{folder}: {len(BLANKS)} blanks in {len(NOTEBOOKS)} notebooks")
 
 

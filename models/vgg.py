@@ -1,13 +1,10 @@
 """The one network of the lab: VGG with batch norm for small images, dense or slim."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 VGG_CFGS: dict[int, list[int | str]] = {
     11: [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512],
@@ -38,40 +35,25 @@ def most_prunable(cfg: list[int | str], min_channels: int) -> int:
     return sum(max(0, v - min_channels) for v in widths(cfg))
 
 
+def smallest_image(cfg: list[int | str]) -> int:
+    """The fewest pixels along an edge of an image that leave one after the max-pools of `cfg`."""
+    return 2 ** sum(v == "M" for v in cfg)
+
+
 def check_cfg(cfg: list[int | str]) -> None:
     """Raise ValueError unless `cfg` is a list of channel counts ≥ 1 and 'M'."""
-    if not isinstance(cfg, list | tuple) or not widths(cfg):
-        raise ValueError(f"cfg = {cfg!r}: must be a list of channel counts and 'M'")
-    for v in cfg:
-        if v != "M" and (not isinstance(v, int) or isinstance(v, bool) or v < 1):
-            raise ValueError(f"cfg has the entry {v!r}: each must be a whole number ≥ 1, or 'M'")
-
-
-class _Undrawn(TorchFunctionMode):
-    """Draws no first weights: on the meta device that would only import a compiler, for seconds."""
-
-    def __torch_function__(self, function, _, args=(), options=None):
-        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
-            return None
-        return function(*args, **(options or {}))
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """A network built inside has shapes but no memory, however wide, and draws no random number."""
-    with torch.device("meta"), _Undrawn():
-        yield
+    counts = widths(cfg) if isinstance(cfg, list | tuple) else []
+    if not counts or any(type(v) is not int or v < 1 for v in counts):
+        raise ValueError(f"cfg = {cfg!r}: must be a list of channel counts ≥ 1 and 'M'")
 
 
 class VGG(nn.Module):
     """VGG with batch norm (Simonyan & Zisserman 2015) as Network Slimming uses it on CIFAR-10.
 
     `cfg` gives the widths of a slim network; without it the dense VGG-19 is built.
-    Input: (batch, 3, height, width), 32×32 in this lab. Output: logits (batch, num_classes).
-    Raises ValueError for a malformed cfg or num_classes < 1.
-
-    `feature` and `classifier` are the names of the original lab, so its checkpoints load.
-    """
+    Input: (batch, 3, height, width). Output: logits (batch, num_classes). Raises ValueError for a
+    malformed cfg or num_classes < 1; called, for images below `smallest_image(cfg)`.
+    `feature` and `classifier` are the names of the original lab, so its checkpoints load."""
 
     def __init__(self, cfg: list[int | str] | None = None, *, num_classes: int = 10) -> None:
         super().__init__()
@@ -80,21 +62,18 @@ class VGG(nn.Module):
         if num_classes < 1:
             raise ValueError(f"num_classes = {num_classes!r}: must be at least 1")
         self.cfg = list(cfg)
-
-        layers: list[nn.Module] = []
-        channels = 3
+        layers, channels = [], 3
         for v in self.cfg:
             if v == "M":
                 layers.append(nn.MaxPool2d(2))
-                continue
-            # No bias: the batch norm that follows has its own shift, β.
-            layers.append(nn.Conv2d(channels, v, kernel_size=3, padding=1, bias=False))
-            layers.append(nn.BatchNorm2d(v))
-            layers.append(nn.ReLU(inplace=True))
-            channels = v
+            else:  # no bias: the batch norm that follows has its own shift, β
+                conv = nn.Conv2d(channels, v, kernel_size=3, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(v), nn.ReLU(inplace=True)]
+                channels = v
         self.feature = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, num_classes)
-        self._initialize()
+        if not self.classifier.weight.is_meta:  # there, drawing imports a compiler, for seconds
+            self._initialize()
 
     def blocks(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """Each convolution with its batch norm, in forward order: they share their channels."""
@@ -103,8 +82,7 @@ class VGG(nn.Module):
     def _initialize(self) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
-                fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
-                nn.init.normal_(m.weight, 0, math.sqrt(2 / fan_out))
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / (9 * m.out_channels)))
             elif isinstance(m, nn.BatchNorm2d):
                 # From 0.5, not 1, lr·λ can take an unneeded γ to 0 before the lr drops.
                 nn.init.constant_(m.weight, 0.5)
@@ -114,5 +92,9 @@ class VGG(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if min(height, width) < (least := smallest_image(self.cfg)):
+            needs = f"of an image of {height}×{width}; it needs at least {least}×{least}"
+            raise ValueError(f"cfg = {self.cfg}: its max-pools leave no pixel {needs}")
         maps = self.feature(images)  # (batch, channels, 2, 2) for 32×32 images
         return self.classifier(torch.mean(maps, dim=(2, 3)))

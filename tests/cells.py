@@ -4,6 +4,7 @@ import linecache
 from pathlib import Path
 
 import nbformat
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +37,7 @@ def execute(source: str, namespace: dict) -> dict:
 
 
 def imported(cells: list[str], monkeypatch) -> dict:
-    """What the notebook's second cell leaves: its imports and the device."""
+    """What the notebook's second cell leaves, its imports, and the device of the cells after it."""
     monkeypatch.chdir(ROOT)
-    return execute(find(cells, "set_up(labs)"), {"labs": [ROOT]})
+    names = {"labs": [ROOT], "device": torch.device("cpu")}
+    return execute(find(cells, "set_up(labs)"), names)

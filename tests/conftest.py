@@ -26,6 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.seed = random.SystemRandom().randrange(2**31) if soak else 0
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest one first, so that no worker is left with it at the end.
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"random moments and damage: --seed {config.option.seed}"
 
@@ -41,7 +46,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     torch.manual_seed(0)
-    for name in ("PROFILE", "DATA", "EPOCHS", "RUN", "CWD", "LAST_RUN"):
+    for name in ("PROFILE", "DATA", "EPOCHS", "RUN", "CWD", "LAST_RUN", "DEVICE"):
         monkeypatch.setenv(f"LAB_{name}", "")  # what the test itself leaves there goes again
         monkeypatch.delenv(f"LAB_{name}")
 

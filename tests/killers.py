@@ -1,36 +1,39 @@
-"""Tasks that fail or kill their worker; without torch, so that workers start fast."""
+"""Jobs that fail, kill their worker or wait; without torch, so that workers start fast."""
 
 import os
 import signal
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 
-class Fake(NamedTuple):
-    """What sweep.workers knows of a task."""
-
-    number: int
-
-    @property
-    def cell(self) -> tuple[float, float, int]:
-        return 0.0, 0.0, self.number
-
-    @property
-    def name(self) -> str:
-        return f"fake {self.number}"
-
-    def row(self, reason: str | None = None) -> dict:
-        return {"l1_lambda": 0.0, "pruning_ratio": 0.0, "seed": self.number, "reason": reason}
-
-
-def die(task: Fake, once: Path | None = None) -> dict:
-    """The first task kills its worker, each time or only `once`, which a file remembers."""
-    if task.number == 0 and not (once and once.exists()):
-        if once:
-            once.touch()
+def work(job: tuple[Path, str]) -> tuple[int, str | None]:
+    """Note in a file of the folder that a worker has begun with the job, then do as it says."""
+    note, what = job
+    times = _begin(note)
+    if (what == "kill" and times < 20) or (what == "kill once" and times == 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    return task.row()
+    if what == "wait":
+        time.sleep(30)
+        _begin(note)  # nobody ended it
+    if what == "fail":
+        raise ValueError("no")
+    return os.getpid(), os.environ.get("OMP_NUM_THREADS")
 
 
-def fail(task: Fake) -> dict:
-    raise ValueError("no")
+def _begin(note: Path) -> int:
+    with open(note, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    return note.read_text().count("\n")
+
+
+def jobs(folder: Path, **what: str) -> dict[str, tuple[Path, str]]:
+    return {name: (folder / name, how) for name, how in what.items()}
+
+
+def begun(folder: Path) -> dict[str, int]:
+    """How often each job was begun."""
+    return {note.name: note.read_text().count("\n") for note in folder.iterdir()}
+
+
+def pids(folder: Path) -> set[int]:
+    return {int(pid) for note in folder.iterdir() for pid in note.read_text().split()}

@@ -64,6 +64,16 @@ def count_examples(item: pytest.Item) -> None:
     item.obj.hypothesis.inner_test = one_example
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport():
+    """Of a count only the number goes to the process that prints the table."""
+    report = (yield).get_result()
+    report.user_properties = [
+        (name, value.runs if isinstance(value, Counted) else value)
+        for name, value in report.user_properties
+    ]
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     table: dict[str, list[int]] = {}
     for outcome in ("passed", "failed", "xfailed"):
@@ -71,7 +81,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             found = dict(report.user_properties)
             if "property" in found and report.when == "call":
                 row = table.setdefault(found["property"], [0, 0])
-                row[0] += found["counted"].runs if "counted" in found else 1
+                row[0] += found.get("counted", 1)
                 row[1] += outcome != "passed"
     if table:
         width = max(map(len, table))

@@ -5,11 +5,12 @@ import itertools
 import logging
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from models.vgg import VGG
-from utils.cost import eager, file_size, fold_bn, latency, macs, num_parameters, take_turns
+from utils.cost import eager, file_size, fold_bn, macs, num_parameters, take_turns
 
 TINY = [3, "M", 4]
 
@@ -54,9 +55,9 @@ def test_macs_of_a_slim_network_are_those_counted_by_hand(shape, images):
         macs,
         file_size,
         fold_bn,
-        lambda model: latency(model, 1, input_shape=(3, 8, 8), min_run_time=0.001),
+        lambda model: eager(model, torch.ones(1, 3, 8, 8))(),
     ],
-    ids=["num_parameters", "macs", "file_size", "fold_bn", "latency"],
+    ids=["num_parameters", "macs", "file_size", "fold_bn", "eager"],
 )
 def test_measuring_leaves_the_network_unchanged(measure, training):
     model = small().train(training)
@@ -76,21 +77,26 @@ def test_folded_network_has_no_bn_and_gives_the_same_logits():
     torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_file_size_is_that_of_the_numbers_and_a_little_around_them():
+def test_file_size_is_that_of_the_file_whatever_the_memory_format(tmp_path):
     model = VGG([32, 64])
-    numbers = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    assert numbers < file_size(model) < numbers + 1000 * len(model.state_dict())
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "file")
+    for form in (torch.contiguous_format, torch.channels_last):
+        assert file_size(model.to(memory_format=form)) == (tmp_path / "file").stat().st_size
+    assert file_size(VGG([32, 16])) < file_size(model) - 4 * 9 * 32 * 48
 
 
-def test_file_size_shrinks_with_the_network():
-    assert file_size(VGG([32, 16])) < file_size(VGG([32, 64]))
-
-
-def test_latency_is_a_positive_time_on_the_batch_and_the_number_of_threads_asked_for():
-    model, seen = small(), []
-    model.register_forward_pre_hook(lambda _, x: seen.append((x[0].shape, torch.get_num_threads())))
-    assert latency(model, 2, input_shape=(3, 8, 8), num_threads=1, min_run_time=0.01) > 0
-    assert set(seen) == {((2, 3, 8, 8), 1)}
+def test_steps_are_timed_on_the_threads_and_by_the_clock_asked_for():
+    """A clock that goes on by eight seconds whenever it is looked at."""
+    seen, clock = set(), itertools.count(0, 8)
+    (taken,) = take_turns(
+        {"": lambda: seen.add(torch.get_num_threads())},
+        num_threads=2,
+        rounds=1,
+        min_run_time=1.0,
+        timer=lambda: next(clock),
+    ).values()
+    assert 2 in seen and torch.get_num_threads() == 1
+    assert taken.raw_times and set(taken.raw_times) == {8}
 
 
 def test_networks_are_timed_in_turns():
@@ -102,8 +108,8 @@ def test_networks_are_timed_in_turns():
     assert all(len(times[name].times) > 1 for name in "ab")
 
 
-def test_eager_computes_what_the_network_does():
-    model, images = small(), torch.randn(2, 3, 8, 8)
+def test_eager_computes_what_the_network_in_use_does():
+    model, images = small().train(), torch.randn(2, 3, 8, 8)
     logits = eager(model, images)()
     torch.testing.assert_close(logits, model.eval()(images))
     assert not logits.requires_grad

@@ -19,12 +19,12 @@ from utils.images.data import ImageData, augment, normalize
 PLAIN = {"seed": 1, "epoch": 0, "crop_padding": 0, "flip": False}
 
 
-def numbered(count: int) -> ImageData:
-    """Image k has label k, so a batch tells which images it holds."""
-    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.arange(count)
-    classes = tuple(map(str, range(count)))
-    return ImageData("numbered", classes, images, labels, images[:1], labels[:1])
+def numbered(count: int, height: int = 4, width: int = 6) -> ImageData:
+    """Image k has label k, so a batch tells which images it holds; the test image is another."""
+    images = torch.randint(0, 256, (count + 1, 3, height, width), dtype=torch.uint8)
+    labels = torch.arange(count + 1)
+    classes = tuple(map(str, range(count + 1)))
+    return ImageData("numbered", classes, images[:-1], labels[:-1], images[-1:], labels[-1:])
 
 
 def epoch_of(data: ImageData, batch_size: int = 10, **changes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,12 +42,12 @@ def epoch_of(data: ImageData, batch_size: int = 10, **changes) -> tuple[torch.Te
     ),
 )
 def test_augment_is_pad_crop_and_hflip_image_by_image(padding, places):
-    images = torch.randint(0, 256, (len(places), 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (len(places), 3, 9, 14), dtype=torch.uint8)
     shifts = [(round(y * 2 * padding), round(x * 2 * padding)) for y, x, _ in places]
     flips = [flip for *_, flip in places]
     found = augment(images, torch.tensor(shifts), torch.tensor(flips), padding)
     for image, (top, left), flip, result in zip(images, shifts, flips, found, strict=True):
-        expected = tv.crop(tv.pad(image, [padding]), top, left, 32, 32)
+        expected = tv.crop(tv.pad(image, [padding]), top, left, 9, 14)
         assert torch.equal(result, tv.hflip(expected) if flip else expected)
 
 
@@ -61,16 +61,16 @@ def test_normalize_is_totensor_and_normalize_for_every_value():
 
 def test_every_shift_and_both_directions_occur():
     # A ramp in both directions tells from any four corners where a crop was taken.
-    ramp = (torch.arange(32)[:, None] * 4 + torch.arange(32) * 3 + 10).to(torch.uint8)
-    images = ramp.expand(2000, 3, 32, 32)
+    ramp = (torch.arange(8)[:, None] * 16 + torch.arange(8) * 12 + 10).to(torch.uint8)
+    images = ramp.expand(2000, 3, 8, 8)
     data = dataclasses.replace(
-        numbered(1), train_images=images, train_labels=torch.zeros(2000, dtype=torch.int64)
+        numbered(1, 8, 8), train_images=images, train_labels=torch.zeros(2000, dtype=torch.int64)
     )
-    padded = tv.pad(ramp[None].expand(3, 32, 32), [2])
+    padded = tv.pad(ramp[None].expand(3, 8, 8), [2])
     crops = {}
     for y in range(5):
         for x in range(5):
-            crop = tv.crop(padded, y, x, 32, 32)
+            crop = tv.crop(padded, y, x, 8, 8)
             crops[normalize(crop).numpy().tobytes()] = (y, x, False)
             crops[normalize(tv.hflip(crop)).numpy().tobytes()] = (y, x, True)
     batches = data.train_batches(500, seed=1, epoch=0, crop_padding=2, flip=True)
@@ -106,7 +106,7 @@ def test_a_remainder_of_up_to_half_a_batch_joins_the_last_one(count, sizes):
 
 def test_an_epoch_of_whole_batches_is_bit_for_bit_what_it_always_was():
     images = (torch.arange(40 * 3 * 32 * 32) % 251).to(torch.uint8).view(40, 3, 32, 32)
-    data = dataclasses.replace(numbered(40), train_images=images)
+    data = dataclasses.replace(numbered(40, 32, 32), train_images=images)
     batches = data.train_batches(10, seed=1, epoch=3, crop_padding=4, flip=True)
     raw = b"".join(t.numpy().tobytes() for batch in batches for t in batch)
     assert hashlib.sha256(raw).hexdigest().startswith("9063f623bd3e125d")
@@ -133,7 +133,8 @@ def test_without_flip_and_crop_the_images_are_as_they_were():
     images, labels = epoch_of(data)
     assert torch.equal(images, normalize(data.train_images[labels]))
     flipped, labels = epoch_of(data, flip=True)
-    assert not torch.equal(flipped, normalize(data.train_images[labels]))
+    mirrored = (flipped != normalize(data.train_images[labels])).flatten(1).any(1)
+    assert 3 < mirrored.sum() < 27
 
 
 def test_plain_batches_are_the_images_in_order():
@@ -151,12 +152,22 @@ def test_plain_batches_are_the_images_in_order():
 def test_hold_out_splits_the_training_images_and_leaves_the_test_images_out():
     data = numbered(50)
     held = data.hold_out(20, seed=3)
-    train, test = set(held.train_labels.tolist()), set(held.test_labels.tolist())
-    assert len(test) == 20 and not train & test and train | test == set(range(50))
+    train, test = held.train_labels.tolist(), held.test_labels.tolist()
+    assert len(test) == 20 and sorted(train + test) == list(range(50))  # the test image is 50
     assert torch.equal(held.train_images, data.train_images[held.train_labels])
     assert torch.equal(held.test_images, data.train_images[held.test_labels])
     assert data.hold_out(20, seed=3).digest == held.digest
     assert data.hold_out(20, seed=4).digest != held.digest
+    assert data.hold_out(20).digest == data.hold_out(20, seed=0).digest
+
+
+def test_no_epoch_begins_with_the_images_held_out():
+    """BN is measured on the first images of an epoch, and judged on those held out."""
+    data = numbered(400, 1, 1)
+    orders = [epoch_of(data, 400, seed=s, epoch=e)[1][:40] for s in range(6) for e in range(6)]
+    for seed in range(6):
+        held = data.hold_out(40, seed).test_labels
+        assert all(torch.isin(held, order).sum() < 16 for order in orders)  # by chance 4 of 40
 
 
 @pytest.mark.parametrize("count", [0, -1, 50, 51])
@@ -183,19 +194,28 @@ def test_the_digest_is_of_the_content_not_of_the_name_of_the_folder():
 @pytest.mark.parametrize(
     ("part", "value", "said"),
     [
-        ("train_images", torch.zeros(25, 3, 32, 32), "train_images.*float32"),
-        ("test_images", torch.zeros(10, 3, 28, 28, dtype=torch.uint8), r"test_images.*28"),
-        ("train_images", torch.zeros(24, 3, 32, 32, dtype=torch.uint8), "train_images.*24"),
-        ("train_labels", torch.full((25,), 3), "train_labels.*0 to 2.*3"),
-        ("test_labels", torch.full((10,), -1), "test_labels.*-1"),
+        ("train_images", torch.zeros(25, 3, 4, 6), "train_images.*float32"),
+        ("test_images", torch.zeros(1, 3, 6, 4, dtype=torch.uint8), r"test_images.*\(1, 3, 6, 4\)"),
+        ("train_images", torch.zeros(24, 3, 4, 6, dtype=torch.uint8), "train_images.*24"),
+        ("train_images", torch.zeros(25, 1, 4, 6, dtype=torch.uint8), "train_images.*25, 1, 4, 6"),
+        ("train_images", torch.zeros(25, 3, 24, dtype=torch.uint8), "train_images.*25, 3, 24"),
+        ("train_labels", torch.full((25,), 26), "train_labels.*0 to 25.*26"),
+        ("test_labels", torch.full((1,), -1), "test_labels.*-1"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(part, value, said):
     with pytest.raises(ValueError, match=said):
-        dataclasses.replace(tiny_data(count=25), **{part: value})
+        dataclasses.replace(numbered(25), **{part: value})
+
+
+def test_the_size_of_the_images_is_that_of_the_set():
+    data = numbered(25, height=7, width=5)
+    assert data.input_shape == (3, 7, 5) == data.hold_out(5).input_shape
+    assert data.to("cpu") is data
+    assert next(data.plain_batches("test", 10))[0].shape == (1, 3, 7, 5)
 
 
 def test_no_image_at_all_is_refused():
-    none = {"test_images": torch.empty(0, 3, 32, 32, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match="test_labels: there is no image"):
-        dataclasses.replace(tiny_data(), **none, test_labels=torch.empty(0, dtype=torch.int64))
+    none = {"test_images": torch.empty(0, 3, 4, 6, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="test_labels: must be one or more"):
+        dataclasses.replace(numbered(2), **none, test_labels=torch.empty(0, dtype=torch.int64))

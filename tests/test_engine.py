@@ -1,6 +1,7 @@
-"""How a step is computed: decided by the hardware alone, and a refused CUDA graph is no harm."""
+"""Device, precision, graph: as asked for, or as the hardware has them; how long an epoch takes."""
 
 import contextlib
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,19 +11,117 @@ from tiny import file_after_each_epoch, same, tiny_data, tiny_model, tiny_profil
 from torch import Tensor
 from torch.testing import assert_close
 
+from models.vgg import VGG
 from utils.engine import (
     Engine,
-    GraphedStep,
     choose_engine,
     fast_precision,
+    fits_in_memory,
     make_step,
+    pick_device,
     seconds_per_epoch,
 )
+from utils.images.data import ImageData
 from utils.profile import PROFILES
 from utils.step import TrainStep
 from utils.store.checkpoint import load
 
-# --- choosing ------------------------------------------------------------------------------------
+# --- the device ----------------------------------------------------------------------------------
+
+WHEEL = ["sm_75", "sm_80", "sm_90", "sm_100", "compute_120"]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Lets torch see GPUs of these capabilities; what it is told about them."""
+    told = {}
+
+    def see(*capabilities, built_for=WHEEL):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: capabilities[k])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: f"GPU {'ABC'[k]}")
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda d: told.update(current=d))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        monkeypatch.setattr("shutil.which", lambda _: None)
+        return told
+
+    return see
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((6, 1), WHEEL, False),  # Pascal with a current wheel
+        ((7, 0), WHEEL, False),  # a smaller minor
+        ((7, 5), WHEEL, True),
+        ((8, 9), WHEEL, True),  # a larger minor of the same major
+        ((11, 0), WHEEL, False),  # sm_100 is of another major
+        ((12, 0), WHEEL, True),
+        ((13, 1), WHEEL, True),  # compute_120 is compiled when it is loaded
+        ((9, 0), ["sm_90a"], True),
+        ((9, 0), ["gfx90a"], True),  # AMD
+    ],
+)
+def test_a_gpu_is_taken_if_this_torch_has_kernels_for_it(gpus, capsys, capability, built_for, runs):
+    gpus(capability, built_for=built_for)
+    assert pick_device() == torch.device("cuda:0" if runs else "cpu")
+    said = capsys.readouterr().out
+    assert said == "" if runs else ("no kernels for cuda:0, GPU A (sm_" in said and "CPU" in said)
+
+
+def test_the_first_gpu_that_works_is_taken_and_is_the_current_one(gpus):
+    told = gpus((6, 1), (8, 0), (9, 0))
+    for name, index in ((None, 1), ("cuda", 1), ("cuda:2", 2), (" CUDA:2 ", 2)):
+        assert pick_device(name) == told["current"] == torch.device("cuda", index)
+        assert not torch.backends.cudnn.allow_tf32  # float32 is float32
+
+
+def test_the_parameter_is_asked_before_the_environment(gpus, monkeypatch, capsys):
+    gpus((8, 0), (8, 0))
+    monkeypatch.setenv("LAB_DEVICE", "cuda:1")
+    assert pick_device() == pick_device("") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+    assert capsys.readouterr().out == ""  # it was asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cuda:0", "torch .* has no kernels for cuda:0, GPU A .sm_61.; choose one of "),
+        ("mps", "choose one of cpu, cuda:1$"),
+    ],
+)
+def test_a_device_that_is_not_there_says_which_are(gpus, monkeypatch, name, said):
+    gpus((6, 1), (8, 0))
+    with pytest.raises(ValueError, match=f"device_name = '{name}'.*{said}"):
+        pick_device(name)
+    monkeypatch.setenv("LAB_DEVICE", name)
+    with pytest.raises(ValueError, match=f"LAB_DEVICE = '{name}'.*{said}"):
+        pick_device()
+
+
+def test_cuda_is_not_there_if_no_gpu_works(gpus):
+    gpus((6, 1))
+    with pytest.raises(ValueError, match=r"no kernels for cuda:0.*choose one of cpu$"):
+        pick_device("cuda")
+
+
+def test_without_a_gpu_the_cpu_is_taken_with_a_word_on_what_suits_it(gpus, monkeypatch, capsys):
+    gpus()
+    assert pick_device() == torch.device("cpu")
+    said = capsys.readouterr().out
+    assert said.startswith("No CUDA GPU found") and all(
+        w in said for w in ("CPU", "quick", "laptop")
+    )
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert pick_device() == torch.device("cpu")
+    assert re.search("torch .* no CUDA.*pytorch.org.*driver", capsys.readouterr().out)
+
+
+# --- the precision -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,10 +155,8 @@ def test_an_older_torch_that_can_not_tell_trains_in_float32(monkeypatch):
     ("capability", "precision"),
     [
         ((10, 0), "bfloat16"),
-        ((9, 0), "bfloat16"),
         ((8, 0), "bfloat16"),
         ((7, 5), "float16"),
-        ((7, 0), "float16"),
         ((6, 1), "float32"),
     ],
 )
@@ -77,9 +174,9 @@ def test_on_cuda_the_generation_of_the_models_own_device_decides(
         return choose_engine(model, None, tiny_profile(**changes))
 
     graph = precision != "float16"
-    assert chosen(precision="auto") == Engine("cuda", precision, graph)
-    assert chosen(precision="float32") == Engine("cuda", "float32", True)
-    assert chosen(precision="auto", cuda_graph=False) == Engine("cuda", precision, False)
+    assert chosen(precision="auto") == Engine("cuda:1", precision, graph)
+    assert chosen(precision="float32") == Engine("cuda:1", "float32", True)
+    assert chosen(precision="auto", cuda_graph=False) == Engine("cuda:1", precision, False)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -87,7 +184,7 @@ def test_a_precision_that_is_asked_for_is_taken_whatever_the_hardware(monkeypatc
     monkeypatch.setattr(torch.cpu, "get_capabilities", None, raising=False)
     found = choose_engine(tiny_model(), tiny_data(), tiny_profile(precision=precision))
     assert found == Engine("cpu", precision)
-    assert str(found).startswith(f"{precision} channels_last on ")
+    assert str(found).startswith(f"{precision} on ")
 
 
 def test_quick_is_computed_alike_on_every_machine():
@@ -105,14 +202,45 @@ def test_measuring_the_seconds_of_an_epoch_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters()) and model.training
 
 
-@pytest.mark.parametrize(("images", "seconds"), [(26, 26 / 10 + 1), (1000, 1000 / 10 + 1)])
-def test_the_seconds_of_an_epoch_are_those_of_its_steps_and_of_its_test(
-    monkeypatch, images, seconds
-):
-    clock = iter(range(1000))  # between two looks a second passes
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    found = seconds_per_epoch(tiny_model(), tiny_data(count=images), tiny_profile())
-    assert found == pytest.approx(seconds)
+def test_the_seconds_of_an_epoch_are_those_of_its_batches_steps_and_test(monkeypatch):
+    """By hand: 100 images in batches of 10 that take 1 s to make and 3 to compute, and 10 test
+    images, 4 of which take 0.5 s to make and 0.7 to compute. Each first one takes longer."""
+    now, first = [0.0], {"make": 50, "step": 100, "forward": 70}
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def takes(seconds, what, work):
+        def slow(*args, **options):
+            now[0] += seconds + first.pop(what, 0)
+            return work(*args, **options)
+
+        return slow
+
+    def made(seconds, batches):
+        def slowly(*args, **options):
+            for made_now in batches(*args, **options):
+                now[0] += seconds + first.pop("make", 0)
+                yield made_now
+
+        return slowly
+
+    monkeypatch.setattr(ImageData, "train_batches", made(1, ImageData.train_batches))
+    monkeypatch.setattr(ImageData, "plain_batches", made(0.5, ImageData.plain_batches))
+    monkeypatch.setattr(TrainStep, "compute", takes(3, "step", TrainStep.compute))
+    model, forward = tiny_model(), VGG.forward
+    tested = takes(0.7, "forward", forward)
+    monkeypatch.setattr(
+        VGG, "forward", lambda self, x: (forward if self.training else tested)(self, x)
+    )
+    profile = tiny_profile(test_batch_size=4)
+    found = seconds_per_epoch(model, tiny_data(count=100), profile)
+    assert found == pytest.approx(100 * (1 + 3) / 10 + 10 * (0.5 + 0.7) / 4)
+
+
+@pytest.mark.parametrize("count", [4, 26])
+def test_a_set_smaller_than_the_batch_counts_as_what_it_is(monkeypatch, count):
+    monkeypatch.setattr("time.perf_counter", iter(range(100)).__next__)  # a second each
+    found = seconds_per_epoch(tiny_model(), tiny_data(count=count), tiny_profile(batch_size=100))
+    assert found == pytest.approx(1 + 1)
 
 
 # --- a CUDA graph that is refused ----------------------------------------------------------------
@@ -120,36 +248,31 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps_and_of_its_test(
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """The streams of CUDA, as names; what is current in the end."""
-    now = {"current": "the usual stream"}
+    """The streams of CUDA, as stand-ins; which one is current in the end."""
+    now = {"current": Stream()}
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now["current"])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.update(current=stream))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     return now
 
 
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
 def refused(monkeypatch, fake_cuda, error):
-    def capture(step, images, labels):
-        TrainStep.__call__(step, images, labels)  # warms up
-        fake_cuda["current"] = "the stream of the capture"
+    @contextlib.contextmanager
+    def capture(graph, stream, **_):
+        fake_cuda["current"] = stream
+        yield
         raise error
 
-    monkeypatch.setattr(GraphedStep, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
     return make_step(tiny_model(), tiny_profile(), Engine("cpu", "float32", True), l1_lambda=0.1)
-
-
-def test_where_a_graph_is_refused_each_step_is_launched_by_itself(monkeypatch, fake_cuda, capsys):
-    error = RuntimeError("operation not permitted when stream is capturing\nCompile with …")
-    step, plain = refused(monkeypatch, fake_cuda, error), step_with("float32")
-    for k in range(3):
-        step(*batch(seed=k))
-        plain(*batch(seed=k))
-    assert same(weights(step), weights(plain))  # the warm-up left nothing behind
-    assert same(step.state_dict(), plain.state_dict())
-    assert step.read() == plain.read()
-    assert fake_cuda["current"] == "the usual stream"
-    (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith("no CUDA graph here (operation not permitted when stream is capturing)")
 
 
 def while_ending(cause: Exception) -> RuntimeError:
@@ -159,19 +282,23 @@ def while_ending(cause: Exception) -> RuntimeError:
     return error
 
 
-def test_the_reason_for_a_refusal_is_the_one_that_came_first(monkeypatch, fake_cuda, capsys):
-    step = refused(monkeypatch, fake_cuda, while_ending(RuntimeError("a kernel that waits")))
-    step(*batch())
-    assert "no CUDA graph here (a kernel that waits)" in capsys.readouterr().out
+@pytest.mark.parametrize("error", [RuntimeError, while_ending])
+def test_a_graph_that_is_refused_says_why_and_what_to_set(monkeypatch, fake_cuda, error):
+    cause = RuntimeError("a kernel that waits")
+    step = refused(monkeypatch, fake_cuda, cause if error is RuntimeError else error(cause))
+    before = step_with("float32")
+    with pytest.raises(RuntimeError, match=r"a kernel that waits; .* cuda_graph = False"):
+        step(*batch())
+    assert same(weights(step), weights(before))  # the warm-up left nothing behind
+    assert same(step.state_dict(), before.state_dict())
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_a_gpu_that_is_too_small_for_the_graph_is_an_error(monkeypatch, fake_cuda, hidden):
+def test_a_gpu_too_small_for_the_graph_is_told_by_the_batch_size(monkeypatch, fake_cuda, hidden):
     error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     step = refused(monkeypatch, fake_cuda, while_ending(error) if hidden else error)
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="out of memory"):
+    with pytest.raises(MemoryError, match="batch_size = 9: "), fits_in_memory("batch_size", 9):
         step(*batch())
-    assert fake_cuda["current"] == "the usual stream"
 
 
 # --- on a GPU ------------------------------------------------------------------------------------

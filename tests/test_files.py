@@ -1,7 +1,9 @@
-"""A file is written whole or not at all; a lock is one user's; a digest is of values."""
+"""A file is written whole or not at all; one process writes it; a digest is of values."""
 
+import encodings.ascii  # noqa: F401 (filelock's; nobody may not read the library to load it later)
 import errno
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from faults import Moments
-from filelock import Timeout
+from filelock import FileLock
+from processes import start
 
-from utils.store.files import digest, file_lock, write_whole
+from utils.store import files
+from utils.store.files import InUse, digest, one_at_a_time, write_whole
 
 OLD, NEW = b"old " * 3000, b"new " * 3000
 
@@ -81,7 +85,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         path = disk / "deeper" / "x"
         write_whole(path, OLD)
         (disk / "filler").write_bytes(bytes(44 * 1024))
-        with pytest.raises(OSError, match=r"deeper/x: .*No space left.*unchanged; make room"):
+        with pytest.raises(OSError, match=r"deeper/x: .*No space left.*unchanged"):
             write_whole(path, NEW)
         assert path.read_bytes() == OLD and list(path.parent.iterdir()) == [path]
         (disk / "filler").unlink()
@@ -112,9 +116,20 @@ def as_nobody():
 def test_a_read_only_folder_leaves_the_file_before(folder, as_nobody):
     write_whole(folder / "x", OLD)
     as_nobody()
-    with pytest.raises(OSError, match=r"/x: could not be written \(Permission denied\).*choose"):
+    with pytest.raises(OSError, match=r"/x: could not be written \(Permission denied\)"):
         write_whole(folder / "x", NEW)
     assert (folder / "x").read_bytes() == OLD and list(folder.iterdir()) == [folder / "x"]
+
+
+def test_a_name_too_long_is_told_as_that(tmp_path):
+    name = "網" * 100  # 300 bytes
+    with pytest.raises(
+        OSError, match=rf"/{name}: could not be written \(File name too long\)"
+    ) as e:
+        write_whole(tmp_path / name, NEW)
+    assert str(e.value).endswith("is unchanged.")  # another folder would not help
+    with pytest.raises(OSError, match="too long"), one_at_a_time(tmp_path / name):
+        write_whole(tmp_path / name, NEW)
 
 
 def test_a_quota_leaves_the_file_before(tmp_path):
@@ -122,7 +137,7 @@ def test_a_quota_leaves_the_file_before(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(OSError, match=r"/x: could not be written \(File too large\)"):
+        with pytest.raises(OSError, match=r"/x: could not be written \(File too large\).*ed\.$"):
             write_whole(tmp_path / "x", NEW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -139,26 +154,113 @@ def test_a_folder_that_is_a_file_or_gone(tmp_path, monkeypatch):
     assert (tmp_path / "new" / "folder" / "x").read_bytes() == OLD
 
 
-def test_one_holds_the_lock_of_a_file_however_its_path_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with file_lock(tmp_path / "x"):
-        with pytest.raises(Timeout):
-            file_lock("./x", timeout=0).acquire()
-        with file_lock(tmp_path / "y", timeout=0):
+# --- locks ---------------------------------------------------------------------------------------
+
+
+def hold(path: Path, ready: Path, temporary_folder: Path) -> None:
+    tempfile.tempdir = str(temporary_folder)  # of another machine that shares only the lab's folder
+    with one_at_a_time(path):
+        ready.touch()
+        while ready.exists():
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def another(tmp_path):
+    """Starts a process that holds the lock of a file, and has a temporary folder of its own."""
+    children, ready = [], tmp_path / "ready"
+    (tmp_path / "theirs").mkdir()
+
+    def start_one(path: Path):
+        children.append(start(hold, path, ready, tmp_path / "theirs"))
+        while not ready.exists():
+            assert children[-1].is_alive()
+            time.sleep(0.01)
+        return children[-1], ready
+
+    yield start_one
+    for child in children:
+        child.kill()
+        child.join()
+
+
+def test_machines_that_share_a_folder_share_its_locks(tmp_path, another, monkeypatch):
+    (tmp_path / "lab").mkdir()
+    monkeypatch.chdir(tmp_path / "lab")
+    child, _ = another(tmp_path / "lab" / "x")
+    for same_file in ("x", Path("../lab/x"), str(tmp_path / "lab" / "x")):
+        with pytest.raises(InUse), one_at_a_time(same_file, wait=False):
             pass
-    with file_lock("x", timeout=0):
-        assert list(tmp_path.iterdir()) == []
+    with one_at_a_time("y", wait=False):  # another file is free
+        pass
+    child.kill()
+    child.join()
+    with one_at_a_time("x", wait=False):  # a lock dies with its process
+        assert [f.name for f in Path().iterdir()] == [".locks"]
+
+
+def test_who_waits_is_told_and_goes_on(tmp_path, another, monkeypatch):
+    said, (_, ready) = [], another(tmp_path / "x")
+
+    def say(text, **_):
+        said.append(text)
+        ready.unlink()  # the other one is done
+
+    monkeypatch.setattr(files, "print", say, raising=False)
+    with one_at_a_time(tmp_path / "x"):
+        assert len(said) == 1 and f"{tmp_path}/x: another process" in said[0]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOTSUP, "no"), NotImplementedError("no flock")])
+def test_a_drive_that_knows_no_locks_has_them_in_the_temporary_folder(tmp_path, monkeypatch, error):
+    drive, here = tmp_path / "drive", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    acquire = FileLock.acquire
+
+    def only_here(lock, *args, **options):
+        if str(lock.lock_file).startswith(str(drive)):
+            raise error
+        return acquire(lock, *args, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", only_here)
+    with one_at_a_time(drive / "x"):
+        assert len(list(here.iterdir())) == 1
+        with pytest.raises(InUse), one_at_a_time(drive / "x", wait=False):
+            pass
+        with one_at_a_time(drive / "y", wait=False):
+            pass
 
 
 def test_the_lock_file_of_another_user_is_in_nobodys_way(folder, as_nobody, monkeypatch):
-    folder.chmod(0o1777)
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    with file_lock("x"):
-        pass
-    assert len(list(folder.iterdir())) == 1  # root's, which nobody else may open
+    temporary, lab = folder / "tmp", folder / "lab"
+    temporary.mkdir()
+    temporary.chmod(0o1777)
+    lab.mkdir(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with one_at_a_time(lab / "x"):
+        assert list(temporary.iterdir()) == []
     as_nobody()
-    with file_lock("x", timeout=0):
+    with one_at_a_time(lab / "x", wait=False), one_at_a_time(lab / "y", wait=False):
+        assert len(list(temporary.iterdir())) == 2  # nobody can write to lab
+    os.seteuid(0)
+    os.seteuid(65533)
+    with one_at_a_time(lab / "y", wait=False):  # and this one can't open what is nobody's
         pass
+
+
+def test_who_holds_the_lock_removes_what_a_killed_writer_of_this_machine_left(tmp_path):
+    left = tmp_path / f"[x].{platform.node()}.99999.tmp"
+    others = [
+        tmp_path / n for n in ("[x].other-host.1.tmp", f"x.{platform.node()}.1.tmp", "[x].bak")
+    ]
+    for file in [left, *others]:
+        file.write_text("half a file")
+    with one_at_a_time(tmp_path / "[x]"):
+        assert {*tmp_path.iterdir()} == {*others, tmp_path / ".locks"}
+
+
+# --- fingerprints --------------------------------------------------------------------------------
 
 
 def test_a_digest_is_of_types_shapes_and_values():
@@ -174,11 +276,12 @@ def test_a_digest_is_of_types_shapes_and_values():
         [values.T],
         [values.flatten()],
         [values.double()],
+        [values.view(torch.int32)],
         [*values],
         [],
         [values] * 2,
     ]
-    assert len({digest(t) for t in [[values], *others]}) == 8
+    assert len({digest(t) for t in [[values], *others]}) == 9
     exotic = [
         torch.tensor(3),
         torch.ones(2, dtype=torch.bfloat16),

@@ -86,7 +86,7 @@ def test_a_changed_setting_is_named_and_nothing_is_written(changes, said):
 def test_other_images_are_named_whatever_they_are_called():
     begun()
     other = tiny_data(seed=9)
-    with pytest.raises(RunError, match=rf"images = noise .*, now noise \({other.digest}\)"):
+    with pytest.raises(RunError, match=rf"images = '\w{{16}}', now '{other.digest}'"):
         begun(other)
     moved = dataclasses.replace(tiny_data(), name="elsewhere")
     assert begun(moved, data="/another/folder").data["name"] == "noise"
@@ -108,16 +108,13 @@ def test_a_lambda_may_be_added_and_the_run_is_then_another():
     assert more.trained_file(0.1) == run.trained_file(0.1) and more.began == run.began
 
 
-def test_adding_a_lambda_keeps_what_the_notebooks_after_it_decided_and_says_so(capsys):
+def test_adding_a_lambda_keeps_what_the_notebooks_after_it_decided():
     begun()
     decided = {"min_channels": 2, "finetune_epochs": 7}
     open_run(**decided)
-    capsys.readouterr()
     begun(l1_lambdas=(0.0, 0.1, 0.2))
     found = open_run().profile
     assert {name: getattr(found, name) for name in decided} == decided
-    said = capsys.readouterr().out
-    assert "goes on with min_channels = 2, finetune_epochs = 7; notebooks 2 and 3" in said
 
 
 def test_what_works_beside_the_notebooks_is_cut_as_it_asks_and_changes_nothing_for_them():

@@ -13,10 +13,10 @@ from torch import nn
 from models.vgg import VGG
 from utils.pruning import plan_pruning
 from utils.repair import slim_repaired
-from utils.run import lab
+from utils.run import lab, tuning
 from utils.run.identity import Run, RunError, begin, open_run
 from utils.store.checkpoint import Checkpoint, CheckpointError, load, save
-from utils.store.resume import weights_digest
+from utils.store.identity import weights_digest
 from utils.training import Stopped, fit
 
 DATA = tiny_data()
@@ -35,7 +35,7 @@ def cut_all(run: Run, networks: dict, l1_lambda: float = LAMBDAS[1]) -> None:
     for ratio in run.profile.pruning_ratios:
         plan = plan_pruning(model, ratio, min_channels=run.profile.min_channels)
         slimmed = slim_repaired(model, plan, DATA.plain_batches("train", 26))
-        lab.save_slim(run, DATA, l1_lambda, model, plan, slimmed, {"raw cut": 12.5})
+        lab.save_slim(run, DATA, model, l1_lambda, ratio, slimmed, {"raw cut": 12.5})
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def run(finished, tmp_path, monkeypatch) -> Run:
 
 
 def files() -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in Path("checkpoints").rglob("*.pt")}
+    return {p: p.read_bytes() for p in Path("checkpoints").glob("*/*.safetensors")}
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -66,8 +66,8 @@ def files() -> dict[Path, bytes]:
 def test_every_lambda_starts_from_the_same_weights_and_is_trained_once(run, capsys):
     before = files()
     trained = {k: lab.train(run, DATA, k) for k in LAMBDAS}
-    assert files() == before and capsys.readouterr().out.count("1 of 1 epochs were done") == 2
-    starts = {load(run.trained_file(k)).settings["starting weights"] for k in LAMBDAS}
+    assert files() == before and capsys.readouterr().out.count("(done before)") == 2
+    starts = {load(run.trained_file(k)).settings["starts_from"] for k in LAMBDAS}
     assert len(starts) == 1
     networks = lab.trained_networks(run, DATA)
     assert list(networks) == sorted(LAMBDAS)
@@ -76,16 +76,14 @@ def test_every_lambda_starts_from_the_same_weights_and_is_trained_once(run, caps
         assert history == trained[k].history and not model.training
 
 
-def test_a_run_that_only_cuts_trains_nothing(run):
+def test_a_run_that_only_cuts_finds_what_was_trained(run):
     cut = open_run("tiny", save_as="other", min_channels=2)
-    with pytest.raises(RunError, match="the run other only cuts what tiny trained"):
-        lab.train(cut, DATA, 0.5)
     assert lab.trained_networks(cut, DATA).keys() == {*LAMBDAS}
 
 
 def test_a_run_stopped_before_its_second_lambda_is_named(run):
     run.trained_file(0.02).unlink()
-    with pytest.raises(RunError, match=r"tiny: λ = 0\.02 was not trained \(.*lambda_0\.02\.pt"):
+    with pytest.raises(RunError, match=r"tiny: .*trained_lambda_0\.02\.safetensors is missing"):
         lab.trained_networks(run, DATA)
 
 
@@ -99,17 +97,17 @@ def test_a_run_stopped_within_a_training_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", iter(range(0, 10**6, 100)).__next__)  # a save is due
     with pytest.raises(Stopped):
         lab.train(run, DATA, 0.1, on_epoch=stop)
-    with pytest.raises(RunError, match=r"λ = 0\.1: 1 of 4 epochs are done. Run sparsity_train"):
+    with pytest.raises(RunError, match=r"_0\.1\.s\w+: 1 of 4 epochs are done. Run sparsity_train"):
         lab.trained_networks(run, DATA)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"seed": 7}, "seed = 7, the run has 1"),
-        ({"lr": 0.2}, "lr = 0.2, the run has 0.1"),
+        ({"seed": 7}, "seed = 7, now 1"),
+        ({"lr": 0.2}, "lr = 0.2, now 0.1"),
         ({"width": 0.05}, "cfg = "),
-        ({"precision": "bfloat16"}, "precision = 'bfloat16', the run has 'float32'"),
+        ({"precision": "bfloat16"}, "precision = 'bfloat16', now 'float32'"),
     ],
     ids=lambda v: "" if isinstance(v, dict) else v.split()[0],
 )
@@ -119,17 +117,19 @@ def test_a_network_of_another_run_does_not_join(run, changes, said):
     shutil.copy(other.trained_file(0.02), run.trained_file(0.02))
     with pytest.raises(RunError) as caught:
         lab.trained_networks(run, DATA)
-    assert f"λ = 0.02 was made with {said}" in str(caught.value)
+    assert f"trained_lambda_0.02.safetensors was made with {said}" in str(caught.value)
 
 
 def test_a_file_under_the_name_of_another_lambda_does_not_join(run):
     shutil.copy(run.trained_file(0.0), run.trained_file(0.02))
-    with pytest.raises(RunError, match=r"λ = 0\.02 was made with l1_lambda = 0\.0, .* 0\.02"):
+    with pytest.raises(RunError, match=r"0\.02\.s\w+ was made with l1_lambda = 0\.0, now 0\.02"):
         lab.trained_networks(run, DATA)
 
 
 def test_other_images_than_those_trained_on_are_named(run):
-    with pytest.raises(RunError, match=rf"on noise \({DATA.digest}\), the images in .* are noise"):
+    with pytest.raises(RunError, match=rf"on noise \({DATA.digest}\), now there are noise"):
+        lab.train(run, tiny_data(seed=9), 0.02)
+    with pytest.raises(RunError, match=rf"images = '{DATA.digest}', now"):
         lab.trained_networks(run, tiny_data(seed=9))
 
 
@@ -151,8 +151,8 @@ def test_a_run_that_began_on_a_gpu_goes_on_in_its_precision_on_a_cpu(tmp_path, m
     again = begin(auto, DATA, "cpu")
     assert again == run and "bfloat16 on a GPU" in str(again)
     lab.train(again, DATA, 0.1)
-    assert "1 of 2 epochs were done" in (said := capsys.readouterr().out)
-    assert "bfloat16 channels_last" in said
+    assert "goes on after epoch 1 of 2" in (said := capsys.readouterr().out)
+    assert "2/2" in said
     assert file.read_bytes() == kept[1]
 
 
@@ -170,31 +170,31 @@ def test_the_slim_networks_of_the_run_come_back(run):
 def slim_error(run: Run) -> str:
     with pytest.raises(RunError) as caught:
         lab.slim_networks(run, DATA, lab.trained_networks(run, DATA))
-    assert str(caught.value).endswith("Run vggprune.ipynb")
+    assert str(caught.value).endswith("Run vggprune.ipynb to the end")
     return str(caught.value)
 
 
 def test_a_cut_that_is_missing_is_named(run):
-    Path("checkpoints/tiny/slim_0.6.pt").unlink()
-    assert "60 % were not cut (checkpoints/tiny/slim_0.6.pt is missing)" in slim_error(run)
-    assert "90 % were not cut" in slim_error(open_run(pruning_ratios=[0.3, 0.9]))
+    Path("checkpoints/tiny/slim_0.6.safetensors").unlink()
+    assert "checkpoints/tiny/slim_0.6.safetensors is missing" in slim_error(run)
+    assert "slim_0.9.safetensors is missing" in slim_error(open_run(pruning_ratios=[0.3, 0.9]))
 
 
 def test_a_cut_with_another_floor_is_named(run):
     said = slim_error(open_run(min_channels=2))
-    assert "slim_0.3.pt was cut with min_channels = 1, the run has 2" in said
+    assert "slim_0.3.safetensors was made with min_channels = 1, now 2" in said
 
 
 def test_a_cut_under_the_name_of_another_ratio_is_named(run):
-    shutil.copy("checkpoints/tiny/slim_0.3.pt", "checkpoints/tiny/slim_0.6.pt")
-    assert "slim_0.6.pt was cut with pruning_ratio = 0.3, the run has 0.6" in slim_error(run)
+    shutil.copy("checkpoints/tiny/slim_0.3.safetensors", "checkpoints/tiny/slim_0.6.safetensors")
+    assert "slim_0.6.safetensors was made with pruning_ratio = 0.3, now 0.6" in slim_error(run)
 
 
 def test_a_cut_of_another_network_is_named(run):
     networks = lab.trained_networks(run, DATA)
     networks[0.02].model.classifier.bias.data += 1
     cut_all(run, networks)
-    assert "slim_0.3.pt was cut from another network than the run has now" in slim_error(run)
+    assert "slim_0.3.safetensors was made with cut_from = " in slim_error(run)
 
 
 def test_each_ratio_may_be_cut_from_another_lambda(run):
@@ -205,20 +205,25 @@ def test_each_ratio_may_be_cut_from_another_lambda(run):
 
 
 def test_a_slim_file_from_elsewhere_is_named(run):
-    file = Path("checkpoints/tiny/slim_0.3.pt")
+    file = Path("checkpoints/tiny/slim_0.3.safetensors")
     save(file, Checkpoint("slim", load(file).cfg, load(file).state_dict))
-    assert "slim_0.3.pt was cut from another network" in slim_error(run)
+    assert "l1_lambda = None, now 0.0" in slim_error(run)
 
 
 def test_a_cut_to_go_on_from_is_made_once(run):
     model = lab.trained_networks(run, DATA)[0.02].model
     plan = plan_pruning(model, 0.5)
+    before = files()
     first = lab.cut_on(run, DATA, model, plan)
-    other = lab.cut_on(dataclasses.replace(run, profile=profile(seed=9)), DATA, model, plan)
-    assert first.cfg == plan.cfg and same(dict(other.state_dict()), dict(first.state_dict()))
-    model.classifier.bias.data += 1  # another network
-    cut = lab.cut_on(run, DATA, model, plan)
-    assert not same(dict(cut.state_dict()), dict(first.state_dict()))
+    made = files()
+    again = lab.cut_on(run, DATA, model, plan)
+    assert first.cfg == plan.cfg and same(dict(again.state_dict()), dict(first.state_dict()))
+    assert files() == made and len(made) == len(before) + 1
+    # BN is recalibrated on other images.
+    lab.cut_on(dataclasses.replace(run, profile=profile(seed=9)), DATA, model, plan)
+    model.feature[1].running_mean += 1  # another network
+    lab.cut_on(run, DATA, model, plan)
+    assert len(files()) == len(made) + 2
 
 
 # --- training again ------------------------------------------------------------------------------
@@ -236,11 +241,11 @@ def test_each_way_of_fine_tuning_and_each_start_has_a_file_of_its_own(run):
         (start, dataclasses.replace(usual, schedule="step")),
         (slims[0.6].model(), usual),
     ]
-    tuned = [lab.finetune(run, DATA, network, profile=how) for network, how in ways]
+    tuned = [tuning.finetune(run, DATA, network, profile=how) for network, how in ways]
     made = files()
     assert len(made) == len(before) + 5
     assert weights_digest(start) == digest  # a copy was trained
-    again = lab.finetune(run, DATA, start)  # the run's own way
+    again = tuning.finetune(run, DATA, start)  # the run's own way
     assert files() == made and same(
         dict(again.model.state_dict()), dict(tuned[0].model.state_dict())
     )
@@ -252,7 +257,7 @@ def test_a_teacher_counts_only_where_the_profile_gives_it_a_weight(run):
     model, teacher = networks[0.02].model, networks[0.0].model
     usual = run.profile.for_finetuning()
     alone, ignored, taught = (
-        lab.finetune(run, DATA, model, profile=how, teacher=who).model.classifier.weight
+        tuning.finetune(run, DATA, model, profile=how, teacher=who).model.classifier.weight
         for how, who in (
             (usual, None),
             (usual, teacher),
@@ -261,7 +266,7 @@ def test_a_teacher_counts_only_where_the_profile_gives_it_a_weight(run):
     )
     assert torch.equal(alone, ignored) and not torch.equal(alone, taught)
     with pytest.raises(ValueError, match=r"distillation = 0\.9: needs a teacher"):
-        lab.finetune(run, DATA, model, profile=dataclasses.replace(usual, distillation=0.9))
+        tuning.finetune(run, DATA, model, profile=dataclasses.replace(usual, distillation=0.9))
 
 
 def test_a_second_pass_counts_the_channels_that_the_first_has_cut(run):
@@ -270,7 +275,7 @@ def test_a_second_pass_counts_the_channels_that_the_first_has_cut(run):
     def kept(network):
         return sum(v for v in network.cfg if v != "M")
 
-    (_, first, _), (_, second, _) = lab.in_passes(run, DATA, model, 0.5, [0.3, 0.6])
+    (_, first, _), (_, second, _) = tuning.in_passes(run, DATA, model, 0.5, [0.3, 0.6])
     assert kept(first) == kept(model) - round(0.3 * kept(model))
     assert kept(second) == kept(model) - round(0.6 * kept(model))
     alone = plan_pruning(model, 0.3, min_channels=run.profile.min_channels)
@@ -281,13 +286,13 @@ def test_a_second_pass_counts_the_channels_that_the_first_has_cut(run):
 def test_a_cut_of_other_images_is_named(run):
     networks = lab.trained_networks(run, DATA)
     other = dataclasses.replace(DATA, test_images=DATA.test_images.flip(0))
-    with pytest.raises(RunError, match=r"slim_0\.3\.pt was cut with other images"):
+    with pytest.raises(RunError, match=r"slim_0\.3\.safetensors was made with images = "):
         lab.slim_networks(run, other, networks)
 
 
 def test_between_two_passes_the_penalty_pulls_again(run):
     model = lab.trained_networks(run, DATA)[0.02].model
-    again = lab.train_again(run, DATA, model, 0.5, "").model
+    again = tuning.train_again(run, DATA, model, run.profile, "pass", l1_lambda=0.5).model
     pulled, free = copy.deepcopy(model), copy.deepcopy(model)
     fit(pulled, DATA, run.profile, l1_lambda=0.5)
     fit(free, DATA, run.profile)
@@ -297,10 +302,10 @@ def test_between_two_passes_the_penalty_pulls_again(run):
 
 def test_passes_cut_on_what_was_trained_again_after_the_cut_before(run):
     model = lab.trained_networks(run, DATA)[0.02].model
-    passes = lab.in_passes(run, DATA, model, 0.5, [0.3, 0.6])
+    passes = tuning.in_passes(run, DATA, model, 0.5, [0.3, 0.6])
     (first, one, untrained), (second, two, history) = passes
     assert (first, second, untrained, len(history)) == (0.3, 0.6, None, run.profile.epochs)
-    again = lab.train_again(run, DATA, one, 0.5, "").model
+    again = tuning.train_again(run, DATA, one, run.profile, "pass", l1_lambda=0.5).model
     total, left = (sum(v for v in n.cfg if v != "M") for n in (model, again))
     of_those_left = 1 - (total - round(0.6 * total)) / left
     plan = plan_pruning(again, of_those_left, min_channels=run.profile.min_channels)
@@ -311,13 +316,13 @@ def test_passes_cut_on_what_was_trained_again_after_the_cut_before(run):
 def test_passes_that_the_floor_forbids_are_left_out_with_a_word(run, capsys):
     model = lab.trained_networks(run, DATA)[0.02].model
     run = open_run(min_channels=3)
-    assert list(lab.in_passes(run, DATA, model, 0.5, [0.3, 0.95])) == []
+    assert list(tuning.in_passes(run, DATA, model, 0.5, [0.3, 0.95])) == []
     assert "no passes: min_channels = 3 forbids 95%" in capsys.readouterr().out
 
 
 def test_fresh_weights_have_the_same_shape_and_follow_from_the_seed():
     model, state = tiny_model(), torch.get_rng_state()
-    one, same_one, other = (lab.from_scratch(model, seed) for seed in (1, 1, 2))
+    one, same_one, other = (tuning.from_scratch(model, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert one.cfg == model.cfg and one.classifier.out_features == 3
     assert same(dict(one.state_dict()), dict(same_one.state_dict()))
@@ -332,19 +337,19 @@ def test_a_network_from_elsewhere_is_fine_tuned_if_it_fits_the_images(tmp_path, 
     theirs = VGG([4, "M", 6], num_classes=3)
     torch.save({"cfg": theirs.cfg, "state_dict": theirs.state_dict()}, "theirs.pth")
     for typed in ("theirs.pth", f" '{tmp_path}/theirs.pth' "):
-        found = lab.from_elsewhere(typed, DATA)
+        found = tuning.from_elsewhere(typed, DATA).network
         assert same(dict(found.state_dict()), dict(theirs.state_dict()))
 
     ten = VGG([4, "M", 6], num_classes=10)
     torch.save({"cfg": ten.cfg, "state_dict": ten.state_dict()}, "ten.pth")
     with pytest.raises(ValueError, match=r"lab_file = '/.*ten.pth': .*10 classes; .* have 3"):
-        lab.from_elsewhere("ten.pth", DATA)
+        tuning.from_elsewhere("ten.pth", DATA)
 
     gray = VGG([4, "M", 6], num_classes=3)
     gray.feature[0] = nn.Conv2d(1, 4, 3, padding=1, bias=False)
     torch.save({"cfg": gray.cfg, "state_dict": gray.state_dict()}, "gray.pth")
     with pytest.raises(CheckpointError, match=r"gray\.pth.*feature\.0\.weight"):
-        lab.from_elsewhere("gray.pth", DATA)
+        tuning.from_elsewhere("gray.pth", DATA)
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(450, [200, 250]), (5200, [200] * 25)])

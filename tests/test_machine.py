@@ -1,11 +1,11 @@
-"""Which device, what is missing, how long: said before anything is done."""
+"""What is missing, how long, on which machine: said before anything is done."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_data, tiny_model, tiny_profile
 
 from utils.run import machine
 
@@ -22,34 +22,6 @@ def test_with_a_gpu_the_cpu_is_named_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     said = machine.describe_machine("cuda")
     assert (said["device"], said["processor"]) == ("a GPU", machine.processor())
-
-
-@pytest.mark.parametrize(
-    ("mac", "word"), [(False, "No GPU found"), (True, "The GPU of this Mac is not used")]
-)
-def test_without_cuda_the_cpu_is_taken_with_a_word_on_what_suits_it(monkeypatch, capsys, mac, word):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mac)
-    monkeypatch.setattr("shutil.which", lambda _: None)
-    assert machine.pick_device() == torch.device("cpu")
-    said = capsys.readouterr().out
-    assert said.startswith(word) and all(w in said for w in ("CPU", "quick", "laptop"))
-
-
-def test_with_a_gpu_it_is_taken_without_a_word(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert machine.pick_device() == torch.device("cuda")
-    assert capsys.readouterr().out == ""
-    assert not torch.backends.cudnn.allow_tf32  # float32 is float32
-
-
-def test_a_gpu_that_this_torch_can_not_use_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    assert machine.pick_device() == torch.device("cpu")
-    assert re.search("torch .* without CUDA.*driver.*pytorch.org", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -72,20 +44,45 @@ def test_a_package_that_is_missing_or_too_old_is_named(tmp_path, line, said):
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [
-        (1, r"5 epochs take about 1 min here$"),
-        (299, r"5 epochs take about 5 min here$"),
-        (36_000, r"5 epochs take about 10 hours here\. .*quick"),
-    ],
+    [(40, "40 s"), (130, "2 min"), (7100, "118 min"), (7300, "2.0 hours"), (36_000, "10.0 hours")],
 )
-def test_the_forecast_says_how_long_and_what_is_shorter_if_that_is_long(seconds, said):
-    assert re.match(said, machine.forecast(seconds, "5 epochs"))
+def test_a_duration_is_said_as_people_say_it(seconds, said):
+    assert machine.duration(seconds) == said
 
 
-def test_set_up_says_where_it_runs_and_which_other_lab_is_not_used(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    here, other = Path("/content/lab"), Path("/content/drive/lab copy")
-    assert machine.set_up([here, here, other, here]) == torch.device("cpu")
+def test_a_forecast_adds_up_every_training_and_is_compared_with_what_they_took(monkeypatch, capsys):
+    data, wide, narrow = tiny_data(), tiny_model(), tiny_model(cfg=[2])
+    measured, now = [], iter([5.0, 65.0, 70.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+
+    def seconds_per_epoch(model, *_):
+        measured.append(model.cfg)
+        return 30.0 if model is wide else 1000.0
+
+    monkeypatch.setattr(machine, "seconds_per_epoch", seconds_per_epoch)
+    short, long = tiny_profile(epochs=2), tiny_profile(epochs=3)
+    forecast = machine.Forecast("All", [(wide, short), (narrow, long), (wide, short)], data)
+    forecast.compare()
+    assert measured == [wide.cfg, narrow.cfg]  # of one shape once
+    said = capsys.readouterr().out
+    assert said.startswith("All takes about 52 min here (float32 on 1 CPU thread)")
+    assert said.endswith("All took 60 s (forecast: 52 min)\n") and "Shorter" not in said
+    machine.Forecast("All", [(narrow, tiny_profile(epochs=8))], data)
+    assert "2.2 hours" in (said := capsys.readouterr().out) and "Shorter: fewer epochs" in said
+
+
+def test_the_device_is_named_with_the_machine(capsys):
+    assert machine.use_device("cpu") == torch.device("cpu")
+    said = capsys.readouterr().out
+    assert machine.processor() in said and f"torch {torch.__version__.split('+')[0]}" in said
+
+
+def test_set_up_says_which_other_lab_is_not_used_and_refuses_another_projects_modules(
+    tmp_path, capsys
+):
+    here, other = Path(__file__).parents[1], Path("/content/drive/lab copy")
+    machine.set_up([here, here, other, here])
     said = capsys.readouterr().out
     assert said.count("another copy of the lab") == 1 and f"not used: {other})" in said
-    assert f"torch {torch.__version__.split('+')[0]}" in said
+    with pytest.raises(ImportError, match=r"models/ is that of another project.*PYTHONPATH"):
+        machine.set_up([tmp_path])

@@ -104,6 +104,7 @@ def run_real(choose: str, copy: str, monkeypatch, *more: str) -> None:
         bn.weight.data[::2] *= -1
     data, profile = tiny_data(), tiny_profile(pruning_ratios=(0.5,), min_channels=1)
     namespace |= {"sources": {0.5: model}, "data": data, "run": SimpleNamespace(profile=profile)}
+    namespace["calibration"] = [*data.plain_batches("train", 26)]
     for source in (
         choose,
         copy,

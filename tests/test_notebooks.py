@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks import trials
 from benchmarks.parity import compare
-from utils.run.results import NOTEBOOKS, read, refresh, report
+from utils.run.page import refresh, whole_page
+from utils.run.results import NOTEBOOKS, read
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {
@@ -94,9 +95,9 @@ def test_every_number_is_recorded_with_its_run_and_shown(lab):
     for section in found.values():
         assert section["run"] == run["id"] and section["data"] == run["data"]["name"]
         assert section["profile"]["name"] == "smoke" and section["machine"]["torch"]
-    assert report(copy / "figures" / "smoke") in printed
+    assert whole_page(copy / "figures" / "smoke") in printed
     page = (copy / "figures" / "smoke" / "README.md").read_text("utf-8")
-    assert report(copy / "figures" / "smoke") in page
+    assert whole_page(copy / "figures" / "smoke") in page
 
 
 def test_the_network_that_smoke_cuts_was_trained_with_a_penalty(lab):
@@ -124,10 +125,8 @@ def test_all_notebooks_begin_with_the_same_setup():
 
 def find_the_lab() -> list[Path]:
     """What the first cell finds, from the folder it is run in."""
-    source, magic = code_cells(ROOT / f"{NOTEBOOKS[0]}.ipynb")[0].source.split("%cd ")
     names: dict = {}
-    exec(source, names)
-    assert magic == "{labs[0]}"
+    exec(code_cells(ROOT / f"{NOTEBOOKS[0]}.ipynb")[0].source, names)
     return names["labs"]
 
 
@@ -158,7 +157,7 @@ def test_quoted_tables_are_those_of_the_recorded_runs(page, monkeypatch):
     text = Path(page).read_text("utf-8")
     for folder in re.findall(r"<!-- python -m \S+ (figures/\S+)", text):
         skip_if_run_again(folder)
-    assert refresh(text) == text  # else: python -m utils.run.results PAGE
+    assert refresh(text) == text  # else: python -m utils.run.page PAGE
 
 
 def test_the_speed_in_the_page_is_that_of_the_recorded_benchmarks():

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 
 from models.vgg import VGG
 from utils.pruning import mask, plan_pruning, slim
-from utils.repair import absorb_bias, recalibrate_bn, slim_repaired, slim_rungs
+from utils.repair import RUNGS, absorb_bias, recalibrate_bn, slim_repaired, slim_rungs
 from utils.sparsity import bn_layers
 
 
@@ -70,13 +70,6 @@ def test_absorbing_beta_is_exact_where_padding_does_not_break_a_constant_map(cfg
         torch.testing.assert_close(network(x), model(x), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("cfg", [[4, 5], [4, "M", 5], [4, "M", 5, "M"], [6]])
-def test_raw_cut_is_not_exact_so_there_is_something_to_absorb(cfg):
-    model, plan = with_plan(cfg, padding="replicate")
-    x = images()
-    assert (mask(model, plan)(x) - model(x)).abs().max() > 1e-3
-
-
 def test_with_zero_padding_absorbing_beta_is_exact_inside_but_not_at_the_border():
     model = trained([4, 3])
     with torch.no_grad():
@@ -90,38 +83,13 @@ def test_with_zero_padding_absorbing_beta_is_exact_inside_but_not_at_the_border(
     assert error.max() > 1e-3
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_with_zero_padding_absorbing_beta_comes_nearer_than_the_raw_cut(seed):
-    torch.manual_seed(seed)
-    model, plan = with_plan([8, 8, "M", 8])
-    x = images(8)
-    uncut = model(x)
-    absorbed = (absorb_bias(model, plan)(x) - uncut).square().mean()
-    raw = (mask(model, plan)(x) - uncut).square().mean()
-    assert absorbed < 0.5 * raw
-
-
 def test_absorb_bias_changes_only_gamma_beta_running_means_and_the_classifiers_bias():
     model, plan = with_plan([4, "M", 5])
+    before = copy.deepcopy(model.state_dict())
     masked, absorbed = mask(model, plan).state_dict(), absorb_bias(model, plan).state_dict()
     differing = {key for key in masked if not torch.equal(masked[key], absorbed[key])}
     assert differing == {"feature.5.running_mean", "classifier.bias"}
-
-
-def test_absorb_bias_leaves_its_input_unchanged():
-    model, plan = with_plan([4, "M", 5])
-    before = copy.deepcopy(model.state_dict())
-    absorb_bias(model, plan)
     assert unchanged(model, before)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_slim_of_the_absorbed_network_computes_the_same(seed):
-    torch.manual_seed(seed)
-    model = trained([6, 5, "M", 4])  # γ of the pruned channels is not 0 here
-    plan = plan_pruning(model, 0.5)
-    absorbed, x = absorb_bias(model, plan), images()
-    torch.testing.assert_close(slim(absorbed, plan)(x), absorbed(x), rtol=1e-9, atol=1e-9)
 
 
 def batches(sizes=(4, 4, 4), size=8):
@@ -136,8 +104,8 @@ def statistics(model):
     return [t for bn in bn_layers(model) for t in (bn.running_mean, bn.running_var)]
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 1), (1, 3, 2), (200, 1)])
-def test_recalibrated_statistics_are_the_batches_means_and_unbiased_variances_weighted(sizes):
+def test_recalibrated_statistics_are_the_batches_means_and_unbiased_variances_weighted():
+    sizes = (2, 5, 3)
     model, data = trained([3, "M", 2]), batches(sizes)
     weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     found = []
@@ -159,37 +127,19 @@ def test_recalibration_on_batches_of_equal_size_is_torchs_update_bn_bit_for_bit(
     assert unchanged(recalibrate_bn(model, data), expected.state_dict())
 
 
-def test_one_image_in_a_batch_of_its_own_hardly_changes_what_200_have_measured():
-    """Averaged without their sizes, 201 images in batches of 200 cost six points of accuracy."""
-    model, (x, y) = trained([4, "M", 4]), (images(201, 8), torch.zeros(201))
-    x[200] = 3
-    together = recalibrate_bn(model, [(x, y)])
-    apart = recalibrate_bn(model, [(x[:200], y), (x[200:], y)])
-    torch.testing.assert_close(apart.feature[1].running_mean, together.feature[1].running_mean)
-    for value, expected in zip(statistics(apart), statistics(together), strict=True):
-        torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
-
-
 @pytest.mark.parametrize("sizes", [(3, 1), (1, 3), (1, 1, 1)])
-def test_one_image_whose_maps_shrink_to_1x1_joins_its_neighbour(sizes):
+def test_a_batch_of_one_image_joins_its_neighbour(sizes):
     model, data = trained([3, "M", "M", "M", 2]), batches(sizes)
     together = [(torch.cat([x for x, _ in data]), None)]
     assert unchanged(recalibrate_bn(model, data), recalibrate_bn(model, together).state_dict())
-
-
-def test_one_image_with_larger_maps_is_a_batch_even_if_a_last_max_pool_shrinks_them():
-    model, data = trained([3, "M", "M", 2, "M"]), batches((1,))
-    expected = copy.deepcopy(model)
-    update_bn(data, expected)
-    assert unchanged(recalibrate_bn(model, data), expected.state_dict())
 
 
 def test_recalibration_forgets_the_old_statistics_and_repeats_exactly():
     model, data = trained([3, "M", 2]), batches()
     other = copy.deepcopy(model)
     for bn in bn_layers(other):
-        bn.running_mean.fill_(1e6)
-        bn.running_var.fill_(1e6)
+        bn.running_mean.fill_(torch.inf)
+        bn.running_var.fill_(torch.nan)
     once = recalibrate_bn(model, data).state_dict()
     assert unchanged(recalibrate_bn(model, data), once)
     assert unchanged(recalibrate_bn(other, data), once)
@@ -229,7 +179,7 @@ def test_rungs_are_the_raw_cut_each_repair_alone_and_both():
         "β absorbed, BN recalibrated": recalibrate_bn(absorbed, data),
     }
     rungs = slim_rungs(model, plan, iter(data))  # an iterable that can be read only once
-    assert list(rungs) == list(expected)
+    assert tuple(rungs) == RUNGS == tuple(expected)
     for name, network in rungs.items():
         assert unchanged(network, expected[name].state_dict()), name
     both = slim_repaired(model, plan, iter(data))

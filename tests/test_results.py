@@ -10,10 +10,11 @@ import pytest
 from processes import start
 from tiny import tiny_data, tiny_profile
 
-from utils.run import results
+from utils.run import page, results
 from utils.run.identity import Run
 from utils.run.machine import describe_machine
-from utils.run.results import read, refresh, report
+from utils.run.page import refresh, whole_page
+from utils.run.results import read
 
 RUN = Run(
     tiny_profile(name="tiny", l1_lambdas=(0.0, 0.1)),
@@ -92,7 +93,7 @@ def test_a_section_says_whose_it_is_and_is_replaced_while_the_others_stay():
         assert (section["run"], section["data"]) == (RUN.id, "noise")
         assert section["profile"]["l1_lambdas"] == [0.0, 0.1]
         assert section["machine"] == describe_machine("cpu")
-    assert [f.name for f in FOLDER.iterdir()] == [results.FILE]
+    assert [f.name for f in FOLDER.iterdir() if f.is_file()] == [results.FILE]
 
 
 def test_sections_of_another_run_are_left_out_with_a_word(capsys):
@@ -108,7 +109,7 @@ def test_sections_of_another_run_are_left_out_with_a_word(capsys):
 def test_what_was_fine_tuned_after_an_earlier_cut_is_left_out(capsys, change):
     record()
     record("vggprune")  # the same cut again
-    assert list(read(FOLDER)) == [*SECTIONS] and capsys.readouterr().out == ""
+    assert list(read(FOLDER)) == [*SECTIONS] and "left out" not in capsys.readouterr().out
     record("vggprune", cuts=[CUT | change])
     assert list(read(FOLDER)) == ["sparsity_train", "vggprune"]
     assert "train_prune_model.ipynb has shown the networks of an earlier cut" in (
@@ -135,7 +136,7 @@ def test_two_notebooks_that_record_at_once_lose_nothing():
     assert {name: section["k"] for name, section in read(FOLDER).items()} == {
         "sparsity_train": 29, "vggprune": 29,
     }  # fmt: skip
-    assert [f.name for f in FOLDER.iterdir()] == [results.FILE]
+    assert [f.name for f in FOLDER.iterdir() if f.is_file()] == [results.FILE]
 
 
 def test_a_failed_write_leaves_the_results_before():
@@ -157,7 +158,7 @@ def test_what_is_no_results_is_named_and_left_alone(lab, damaged):
     file = FOLDER / results.FILE
     file.parent.mkdir(parents=True)
     file.write_bytes(damaged)
-    for work in (lambda: read(FOLDER), lambda: report(FOLDER), lambda: record("vggprune")):
+    for work in (lambda: read(FOLDER), lambda: whole_page(FOLDER), lambda: record("vggprune")):
         with pytest.raises(ValueError, match=rf"^{lab}/figures/tiny/results\.json: not .*move it"):
             work()
     assert file.read_bytes() == damaged
@@ -166,11 +167,8 @@ def test_what_is_no_results_is_named_and_left_alone(lab, damaged):
 def test_the_wrong_folder_is_named_with_the_right_one(lab):
     for wrong in (lab, "figures", "figures/none", "checkpoints/tiny/results.json"):
         with pytest.raises(ValueError, match=rf"^{lab}.*results\.json: no results here; .*<run>"):
-            report(wrong)
+            whole_page(wrong)
     record()
-    assert read(FOLDER / results.FILE) == read(FOLDER)  # the file itself will do, too
-    results.main(str(FOLDER / results.FILE))
-    assert (FOLDER / "README.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +185,7 @@ def test_the_wrong_folder_is_named_with_the_right_one(lab):
 def test_a_section_that_lacks_what_its_table_shows_is_named(section, content):
     record(section, **content)
     with pytest.raises(ValueError, match=r"results\.json: a section lacks .*run its notebook"):
-        report(FOLDER)
+        whole_page(FOLDER)
 
 
 # --- showing -------------------------------------------------------------------------------------
@@ -199,9 +197,9 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_report_is_tables_of_what_was_recorded():
+def test_the_page_is_tables_of_what_was_recorded():
     record()
-    training, cuts, networks, latency, ways = map(rows, report(FOLDER).split("\n\n"))
+    training, cuts, networks, latency, ways = map(rows, whole_page(FOLDER).split("\n\n"))
     assert training[0] == ["λ", "training accuracy (%)", "test accuracy (%)", "sparsity"]
     assert training[2] == ["0.0001", "99.50", "91.23", "0.600"]
     assert cuts[2] == ["90%", "0.0001", "91.23", "0.00", "12.00", "88.50", "89.88"]
@@ -214,17 +212,72 @@ def test_the_report_is_tables_of_what_was_recorded():
 
 def test_what_has_not_run_is_said():
     record("sparsity_train", "vggprune")
-    assert report(FOLDER).endswith("\n\ntrain_prune_model.ipynb has not run.")
-    assert len(report(FOLDER).split("\n\n")) == 3
+    assert whole_page(FOLDER).endswith("\n\ntrain_prune_model.ipynb has not run.")
+    assert len(whole_page(FOLDER).split("\n\n")) == 3
 
 
-def test_two_runs_are_never_printed_as_one_report():
+def test_the_page_has_the_settings_of_the_last_notebook():
+    later = replace(RUN, profile=replace(RUN.profile, finetune_epochs=9))
+    record("sparsity_train")
+    record("vggprune", "train_prune_model", run=later)
+    page.write_page(FOLDER)
+    said = (FOLDER / "README.md").read_text("utf-8").split("\n\n")[1]
+    assert said.startswith(
+        "noise, VGG-11 at width 0.0625, 3 + 9 epochs, seed 1, float32, last epoch"
+    )
+    assert describe_machine("cpu")["device"] in said
+
+
+TUNED = {
+    "network": "90% pruned",
+    "cfg": [7, "M", 6],
+    "train_accuracy": [60.0, 72.5, 71.25],
+    "test_accuracy": [50.0, 69.5, 68.75],
+}
+
+
+def test_a_fine_tuning_has_the_accuracies_of_its_last_epoch():
+    record("train_prune_model", finetuning=[TUNED])
+    found = page.tables(read(FOLDER))["finetuned"].reset_index()
+    assert found.to_numpy().tolist() == [["90% pruned", "71.25", "68.75", "7 6"]]
+    assert list(found)[1:3] == ["training accuracy (%)", "test accuracy (%)"]
+
+
+def test_cifar10_stands_beside_the_report():
+    of_cifar10 = replace(RUN, data=RUN.data | {"name": "CIFAR-10"})
+    cut = CUT | {"pruning_ratio": 0.5, "raw cut": 11.5}
+    record("vggprune", run=of_cifar10, cuts=[cut, CUT | {"pruning_ratio": 0.7}])
+    table = [
+        SLIM | {"network": f"{stage} λ=1, {pruned}% pruned", "stage": stage, "MACs (M)": macs,
+                "test accuracy (%)": accuracy}
+        for stage, pruned, macs, accuracy in
+        (("slim", 50, 33.0, 81.0), ("finetuned", 50, 44.0, 92.5), ("finetuned", 70, 22.0, 91.0))
+    ]  # fmt: skip
+    speed = [
+        {"network": name, "runtime": runtime, "images": n, "ms": ms * n**0.5}
+        for name, runtime, ms in (
+            ("dense", "eager float32", 30.0), ("50% pruned", "eager float32", 10.0),
+            ("dense", "ONNX int8", 6.0), ("50% pruned", "ONNX int8", 2.0),
+        )
+        for n in (1, 256)
+    ]  # fmt: skip
+    speed[-1]["ms"] = 64.0
+    record("train_prune_model", run=of_cifar10, table=table, speed=speed)
+    found = page.tables(read(FOLDER))["beside"].reset_index()
+    assert found.to_numpy().tolist() == [
+        ["50%", "10.0", "92.6", "11.50", "89.88", "92.50", "20,035,018", "44.00", "15.0 × / 7.5 ×"]
+    ]
+    record()  # other images
+    assert "beside" not in page.tables(read(FOLDER))
+
+
+def test_two_runs_are_never_printed_as_one_whole_page():
     record()
     whole = read(FOLDER)
     whole["vggprune"]["run"] = OTHER.id
     whole["vggprune"]["cuts"] = [CUT | {"raw cut": 77.77}]
     (FOLDER / results.FILE).write_text(json.dumps(whole), "utf-8")
-    said = report(FOLDER)
+    said = whole_page(FOLDER)
     assert "99.50" in said and "77.77" not in said
     assert "vggprune.ipynb has shown another run." in said
 
@@ -232,18 +285,18 @@ def test_two_runs_are_never_printed_as_one_report():
 def test_a_run_that_only_cuts_has_a_report_of_its_own():
     cut = replace(RUN, profile=replace(RUN.profile, name="floor_2"), trained_in="tiny")
     record("vggprune", "train_prune_model", run=cut)
-    said = report("figures/floor_2")
+    said = whole_page("figures/floor_2")
     assert "sparsity_train.ipynb has not run." in said and "another run" not in said
     assert "89.88" in said and "93.50" in said
 
 
 def test_quoted_tables_are_made_anew_from_the_results_they_name():
     record()
-    quote = "<!-- python -m utils.run.results figures/tiny {} -->\n\n{}\n\n<!-- end -->"
+    quote = "<!-- python -m utils.run.page figures/tiny {} -->\n\n{}\n\n<!-- end -->"
     empty = quote.format("cuts", "").replace("\n\n\n\n", "\n\n")  # as one writes a new page
     text = f"# Title\n\n{empty}\n\nbetween\n\n{quote.format('ways', 'x | y')}\n"
     new = refresh(text)
-    tables = report(FOLDER).split("\n\n")
+    tables = whole_page(FOLDER).split("\n\n")
     wanted = f"# Title\n\n{quote.format('cuts', tables[1])}\n\nbetween\n\n"
     assert new == wanted + f"{quote.format('ways', tables[4])}\n"
     assert refresh(new) == new
@@ -253,23 +306,24 @@ def test_quoted_tables_are_made_anew_from_the_results_they_name():
 
 def command(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["results", *arguments])
-    monkeypatch.delitem(sys.modules, "utils.run.results")
-    runpy.run_module("utils.run.results", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "utils.run.page")
+    runpy.run_module("utils.run.page", run_name="__main__")
 
 
-def test_the_command_writes_a_page_and_prints_the_report(monkeypatch, capsys):
+def test_the_command_writes_a_page_and_prints_the_whole_page(monkeypatch, capsys):
     record()
     (FOLDER / "ladder.png").write_bytes(b"picture")
+    capsys.readouterr()
     command(monkeypatch, "figures/tiny")
-    page = (FOLDER / "README.md").read_text("utf-8")
-    assert capsys.readouterr().out.strip() == report(FOLDER)
-    assert report(FOLDER) in page and "![ladder](ladder.png)" in page and "# tiny" in page
-    assert "noise" in page and "3 + 2 epochs, seed 1, float32" in page
+    shown = (FOLDER / "README.md").read_text("utf-8")
+    assert capsys.readouterr().out.strip() == whole_page(FOLDER)
+    assert whole_page(FOLDER) in shown and "![ladder](ladder.png)" in shown and "# tiny" in shown
+    assert "noise" in shown and "3 + 2 epochs, seed 1, float32" in shown
 
 
 def test_the_command_makes_the_tables_of_a_file_anew(monkeypatch):
     record()
-    text = "<!-- python -m utils.run.results figures/tiny cuts -->\n\nold\n\n<!-- end -->"
+    text = "<!-- python -m utils.run.page figures/tiny cuts -->\n\nold\n\n<!-- end -->"
     Path("page.md").write_text(text, "utf-8")
     command(monkeypatch, "page.md")
     assert "89.88" in Path("page.md").read_text("utf-8")

@@ -1,5 +1,7 @@
 """`make lab`, on notebooks of a line or two in place of the real ones."""
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def test_a_run_name_typed_in_the_first_notebook_is_followed(lab, monkeypatch, ca
     assert [p.name for p in (lab / "figures").iterdir()] == ["typed"]
     said = capsys.readouterr().out
     assert said.count("goes on with typed") == 2
-    assert "pictures, results.json and README.md: figures/typed/" in said
+    assert "All of it is in figures/typed/" in said
     assert (lab / "checkpoints" / "last_run.txt").read_text() == "typed\n"  # for who opens one next
     assert [c.execution_count for c in executed(figures, NOTEBOOKS[2])] == [1, 2]
 
@@ -125,9 +127,81 @@ def test_a_run_name_of_the_command_reaches_the_notebooks(lab, monkeypatch):
 
 
 def test_ctrl_c_stops_the_cell_that_runs_as_the_stop_button_does(lab, monkeypatch, capsys):
-    typed = "import os, signal, time; print('begun'); os.kill(os.getppid(), signal.SIGINT)"
-    waits = "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise SystemError('saved')"
-    write(lab, [BEGINS.format(name="'begun'"), typed + "\n" + waits], [], [])
+    typed = """
+import os, signal, time
+try:
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise SystemError("saved")
+"""
+    write(lab, [BEGINS.format(name="'begun'"), typed], [], [])
     with pytest.raises(SystemExit, match=r"sparsity_train\.ipynb stopped: SystemError: saved"):
         make_lab(monkeypatch, "--profile", "smoke")
     assert "The executed notebook:" in capsys.readouterr().out
+
+
+SAYS = """
+import sys, matplotlib, models
+from matplotlib import pyplot as plt
+print("runs", sys.executable, models.__file__, __debug__, plt.rcParams["text.usetex"])
+plt.plot([1, 2])
+plt.show()
+"""
+
+
+def test_what_the_shell_and_configuration_say_does_not_reach_the_notebooks(
+    lab, tmp_path, monkeypatch, capsys
+):
+    (lab / "models").mkdir()
+    (lab / "models" / "__init__.py").touch()
+    other = tmp_path / "other project"
+    (other / "models").mkdir(parents=True)
+    (other / "models" / "__init__.py").write_text("raise SystemError('another project')")
+    (other / "matplotlibrc").write_text("text.usetex: True")
+    kernel = other / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    spec = {"argv": ["/bin/false"], "display_name": "broken", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    startup = other / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text("raise SystemError('a start-up file')")
+    settings = {
+        "MPLBACKEND": "agg", "MATPLOTLIBRC": other / "matplotlibrc", "JUPYTER_PATH": other,
+        "PYTHONPATH": f"{other}{os.pathsep}{ROOT}", "IPYTHONDIR": other / "ipython",
+        "PYTHONOPTIMIZE": "1",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    write(lab, [BEGINS.format(name="'begun'"), SAYS], [], [])
+    make_lab(monkeypatch, "--profile", "smoke")
+    said = capsys.readouterr().out
+    assert f"runs {sys.executable} {lab}/models/__init__.py True False" in said
+    _, shown = executed(lab / "figures" / "begun", NOTEBOOKS[0])
+    assert any("image/png" in output.get("data", {}) for output in shown.outputs)
+
+
+def test_what_a_cell_prints_between_two_pictures_stays_between_them(lab, monkeypatch):
+    shows = """
+from IPython.display import Image, display
+import base64
+dot = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
+                       "WjR9awAAAABJRU5ErkJggg==")
+for name in ("first", "second"):
+    display(Image(dot))
+    print("half", end="\\r")
+    print(name)
+"""
+    write(lab, [BEGINS.format(name="'begun'"), shows], [], [])
+    make_lab(monkeypatch, "--profile", "smoke")
+    _, cell = executed(lab / "figures" / "begun", NOTEBOOKS[0])
+    kinds = [output.output_type for output in cell.outputs]
+    assert kinds == ["display_data", "stream", "display_data", "stream"]
+    assert [o.text.strip() for o in cell.outputs if "text" in o] == ["first", "second"]
+
+
+def test_a_folder_that_can_not_be_written_to_is_a_line(lab, monkeypatch):
+    write(lab, [BEGINS.format(name="'begun'")], [], [])
+    (lab / "checkpoints").write_text("a file in the way")
+    with pytest.raises(SystemExit, match=r"checkpoints.*could not be written"):
+        make_lab(monkeypatch, "--profile", "smoke")

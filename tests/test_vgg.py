@@ -1,13 +1,16 @@
 """models/vgg.py: its size, its names, what it computes, how it starts, what it refuses."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.vgg import VGG, VGG_CFGS, scale_cfg
+from models.vgg import VGG, VGG_CFGS, scale_cfg, smallest_image
 
 SMALL = [3, 4, "M", 5]
 
@@ -18,6 +21,15 @@ SMALL = [3, 4, "M", 5]
 def test_dense_networks_have_the_published_number_of_parameters(depth, parameters):
     with torch.device("meta"):  # shapes only
         assert sum(p.numel() for p in VGG(VGG_CFGS[depth]).parameters()) == parameters
+
+
+def test_on_the_meta_device_no_random_number_is_drawn_and_no_compiler_imported():
+    code = (
+        "import sys, torch; from models.vgg import VGG; before = torch.get_rng_state()\n"
+        "with torch.device('meta'): assert all(p.is_meta for p in VGG().parameters())\n"
+        "assert torch.equal(torch.get_rng_state(), before) and 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_vgg19_is_the_default():
@@ -137,3 +149,16 @@ def test_scale_cfg_scales_every_layer_and_leaves_at_least_one_channel(width, sca
     assert scale_cfg(cfg, width) == scaled
     assert cfg == [3, 4, "M", 8]
     VGG(scaled)  # a cfg that the network takes
+
+
+@pytest.mark.parametrize(
+    ("cfg", "least"), [([4], 1), ([4, "M", 4, "M"], 4), (["M", 2] * 6, 64), (VGG_CFGS[19], 16)]
+)
+def test_an_image_too_small_for_the_pools_is_told_by_cfg_and_size(cfg, least):
+    assert smallest_image(cfg) == least
+    model = VGG(cfg).eval()
+    assert model(torch.rand(1, 3, least + 5, least)).shape == (1, 10)
+    if least > 1:
+        said = rf"'M'.*of {least}×{least - 1}; it needs at least {least}×{least}"
+        with pytest.raises(ValueError, match=said):
+            model(torch.rand(1, 3, least, least - 1))

@@ -49,15 +49,18 @@ def network(*gammas: list[float]) -> VGG:
 
 
 def tiny_checkpoint(seed: int = 0) -> Checkpoint:
-    """A run of which two of three epochs are done, without the time to train it."""
+    """A run of which two of three epochs are done, without the time to train it; no two of its
+    numbers are alike."""
     model = tiny_model(seed)
+    for k, value in enumerate(model.state_dict().values()):
+        value.copy_(value + k) if value.dim() == 0 else value.copy_(torch.rand_like(value) + k)
     momentum = [torch.randn_like(p) for p in model.parameters()]
     return Checkpoint(
         kind="trained",
         cfg=model.cfg,
         state_dict=model.state_dict(),
-        settings={"lr": 0.1, "seed": seed, "epochs": 3, "data": ["a", ("b", None, True)]},
-        history={name: [1.5, 0.25 + seed] for name in COLUMNS},
+        settings={"lr": 0.1, "seed": seed, "epochs": 3, "data": ["a", ["b", None, True]]},
+        history={name: [k + 1.5, k + 0.25 + seed] for k, name in enumerate(COLUMNS)},
         optimizer={"momentum": momentum, "scaler": {}},
         results={"accuracy": 93.5},
     )

@@ -16,12 +16,15 @@ DISTILLATION_TEMPERATURE = 4.0
 """Softens the teacher's logits, so that its view of wrong classes counts (Hinton et al. 2015)."""
 
 
-class TrainStep:
-    """Forward, loss, backward, λ·sign(γ), update. Nothing in it waits for the device.
+def layout(device: torch.device) -> torch.memory_format:
+    """How images and weights lie in memory on `device`: channels_last, but not on Apple's GPU,
+    where torch computes wrong gradients of BN in it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
-    `model` and `teacher` are laid out channels_last in place, the teacher set to evaluate. Loss and
-    accuracy add up on the device until `read` asks for them.
-    """
+
+class TrainStep:
+    """Forward, loss, backward, λ·sign(γ), update: it gives `model` and `teacher` their `layout` in
+    place. Nothing in it waits for the device; the scores stay there until `read` asks for them."""
 
     def __init__(
         self,
@@ -34,30 +37,32 @@ class TrainStep:
         teacher: nn.Module | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        self.model = model.to(memory_format=torch.channels_last).train()
-        self.teacher = teacher and teacher.to(memory_format=torch.channels_last).eval()
-        self.precision, self.l1_lambda, self.penalty = precision, l1_lambda, penalty
+        self.layout = layout(device)
+        self.model = model.to(memory_format=self.layout).train()
+        self.teacher = teacher and teacher.to(memory_format=self.layout).eval()
+        self.l1_lambda, self.penalty = l1_lambda, penalty
         self.distillation = profile.distillation if teacher is not None else 0.0
-        on_cuda = device.type == "cuda"
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            # On the device, so that a captured graph reads it anew at every step.
-            lr=torch.tensor(float(profile.lr), device=device) if on_cuda else profile.lr,
-            momentum=profile.momentum,
-            weight_decay=profile.weight_decay,
-            nesterov=profile.nesterov,
-            fused=True,
-        )
+        # On CUDA it lies on the device, so that a captured graph reads it anew at every step.
+        lr = torch.tensor(profile.lr, device=device) if device.type == "cuda" else profile.lr
+        how = {name: getattr(profile, name) for name in ("momentum", "weight_decay", "nesterov")}
+        self.optimizer = torch.optim.SGD(model.parameters(), lr, fused=True, **how)
         for p in model.parameters():  # exists from the first step on: a graph can't make it later
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        # No cache of cast weights: it would outlive the capture of a CUDA graph.
+        lower = None if precision == "float32" else getattr(torch, precision)
+        self.autocast = torch.autocast(device.type, lower, enabled=bool(lower), cache_enabled=False)
         # float16 alone has too small a range for gradients; they are scaled up and back.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images
+        self.scores: list[tuple[Tensor, int]] = []
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
+        self.scores.append((self.compute(images, labels), len(labels)))
+
+    def compute(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The step itself; returns the `score` of the batch."""
         self.optimizer.zero_grad(set_to_none=True)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with self._autocast(images.device.type):
+        images = images.contiguous(memory_format=self.layout)
+        with self.autocast:
             logits = self.model(images).float()
             loss = F.cross_entropy(logits, labels)
             if self.distillation:
@@ -69,33 +74,18 @@ class TrainStep:
         self.penalty(self.model, self.l1_lambda)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._count(loss.detach(), logits, labels)
-
-    def _autocast(self, device: str) -> torch.autocast:
-        # No cache of cast weights: it would outlive the capture of a CUDA graph, and within one
-        # step each weight is cast just once anyway.
-        dtype, lower = getattr(torch, self.precision), self.precision != "float32"
-        return torch.autocast(device, dtype=dtype, enabled=lower, cache_enabled=False)
-
-    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        with torch.no_grad():
-            correct = (logits.argmax(1) == labels).sum()
-            count = torch.full_like(loss, len(labels))
-            self.totals += torch.stack([loss * count, correct, count])
+        return score(loss, logits, labels)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the steps to come."""
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        (group,) = self.optimizer.param_groups
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
     def read(self) -> tuple[float, float]:
         """Mean loss and accuracy in % since the last call: the one moment that waits."""
-        loss, correct, count = self.totals.tolist()
-        self.totals.zero_()
-        return loss / count, 100 * correct / count
+        loss, correct, images = add_up(self.scores)
+        self.scores.clear()
+        return loss, 100 * correct / images
 
     def state_dict(self) -> dict:
         """What the next step needs beyond the weights."""
@@ -103,18 +93,29 @@ class TrainStep:
         return {"momentum": momentum, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        with torch.no_grad():
-            for p, saved in zip(self.model.parameters(), state["momentum"], strict=True):
-                self.optimizer.state[p]["momentum_buffer"].copy_(saved)
+        for p, saved in zip(self.model.parameters(), state["momentum"], strict=True):
+            self.optimizer.state[p]["momentum_buffer"].copy_(saved)
         if state["scaler"]:  # empty unless the run is float16
             self.scaler.load_state_dict(state["scaler"])
+
+
+@torch.no_grad()
+def score(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of a batch and how many of it are right, as one tensor on its device."""
+    return torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss.dtype)])
+
+
+def add_up(scores: list[tuple[Tensor, int]]) -> tuple[float, int, int]:
+    """Mean loss, right ones and images of batches given as (`score`, images), in Python's numbers:
+    a sum wants double precision, which Apple's GPU lacks."""
+    batches = torch.stack([score for score, _ in scores]).tolist()
+    counts = [count for _, count in scores]
+    loss = sum(loss * count for (loss, _), count in zip(batches, counts, strict=True))
+    return loss / sum(counts), int(sum(correct for _, correct in batches)), sum(counts)
 
 
 def softened_distance(logits: Tensor, wanted: Tensor) -> Tensor:
     """Kullback–Leibler divergence of softened predictions; T² keeps its gradient's size."""
     t = DISTILLATION_TEMPERATURE
-    divergence = F.kl_div(
-        F.log_softmax(logits / t, 1), F.log_softmax(wanted / t, 1), log_target=True,
-        reduction="batchmean",
-    )  # fmt: skip
-    return divergence * t**2
+    ours, theirs = F.log_softmax(logits / t, 1), F.log_softmax(wanted / t, 1)
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * t**2

@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from utils.store.files import digest
 
-IMAGE_SIZE = 32
-
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images of shape (n, 3, 32, 32) as uint8 and labels of shape (n,) as int64, train and test."""
+    """Images of shape (n, 3, h, w) as uint8 and labels of shape (n,) as int64, train and test, with
+    one h and w for all of them. Raises ValueError, naming the tensor, where one does not fit."""
 
     name: str
     classes: tuple[str, ...]
@@ -26,86 +26,64 @@ class ImageData:
     test_labels: Tensor
 
     def __post_init__(self) -> None:
+        *_, h, w = self.train_images.shape
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            expected = (len(labels), 3, IMAGE_SIZE, IMAGE_SIZE)
-            if images.dtype != torch.uint8 or tuple(images.shape) != expected:
-                raise ValueError(
-                    f"{split}_images: must be uint8 of shape {expected}, "
-                    f"got {images.dtype} of shape {tuple(images.shape)}"
-                )
-            if len(labels) == 0:
-                raise ValueError(f"{split}_labels: there is no image")
-            if labels.min() < 0 or labels.max() >= len(self.classes):
-                raise ValueError(
-                    f"{split}_labels: must be 0 to {len(self.classes) - 1}, "
-                    f"got {int(labels.min())} to {int(labels.max())}"
-                )
+            n, last = len(labels), len(self.classes) - 1
+            if (images.dtype, *images.shape) != (torch.uint8, n, 3, h, w):
+                found = f"{images.dtype} of shape {tuple(images.shape)}"
+                raise ValueError(f"{split}_images: must be uint8 of {(n, 3, h, w)}, got {found}")
+            if n == 0 or labels.min() < 0 or labels.max() > last:
+                found = labels.unique().tolist()
+                raise ValueError(f"{split}_labels: must be one or more, 0 to {last}, got {found}")
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """The shape of one image: (3, h, w)."""
+        return tuple(self.train_images.shape[1:])
 
     def to(self, device: torch.device | str) -> "ImageData":
-        """The same data on `device`: 180 MB for CIFAR-10. Itself, if it is there already."""
-        train_images = self.train_images.to(device)
-        if train_images is self.train_images:
+        """The same data on `device`; itself, if it is there already."""
+        if self.train_images.device == torch.device(device):
             return self
-        return replace(
-            self,
-            train_images=train_images,
-            train_labels=self.train_labels.to(device),
-            test_images=self.test_images.to(device),
-            test_labels=self.test_labels.to(device),
-        )
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
     def hold_out(self, count: int, seed: int = 0) -> "ImageData":
-        """`count` training images, drawn by `seed`, in the place of the test images.
-
-        For choices: what is chosen on the test images is no longer tested by them.
-        """
-        if not 0 < count < len(self.train_labels):
-            raise ValueError(f"count = {count!r}: must be 1 to {len(self.train_labels) - 1}")
-        order = torch.randperm(len(self.train_labels), generator=_generator(seed, 0))
-        order = order.to(self.train_labels.device)
-        held, rest = order[:count], order[count:]
-        return replace(
-            self,
-            name=f"{self.name}, {count:,} training images held out",
-            train_images=self.train_images[rest],
-            train_labels=self.train_labels[rest],
-            test_images=self.train_images[held],
-            test_labels=self.train_labels[held],
-        )
+        """`count` training images, drawn by `seed`, in the place of the test images, for choices:
+        what is chosen on the test images is no longer tested by them."""
+        images, labels = self.train_images, self.train_labels
+        if not 0 < count < len(labels):
+            raise ValueError(f"count = {count!r}: must be 1 to {len(labels) - 1}")
+        # Another algorithm than that of the epochs: no epoch of any seed begins with these images.
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+        held, rest = order.to(labels.device).tensor_split([count])
+        name = f"{self.name}, {count:,} training images held out"
+        return ImageData(name, self.classes, images[rest], labels[rest], images[held], labels[held])
 
     @cached_property
     def digest(self) -> str:
-        """The identity of the data: images, labels and the names of the classes, as 16 hex digits.
-
-        Not `name`: the same images in another folder are the same data.
-        """
+        """The identity of images, labels and the names of the classes, as 16 hex digits. Not of
+        `name`: the same images in another folder are the same data."""
         classes = torch.tensor(list(repr(self.classes).encode()), dtype=torch.uint8)
-        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return digest((*tensors, classes))
+        return digest([*(v for v in vars(self).values() if isinstance(v, Tensor)), classes])
 
     def train_batch_sizes(self, batch_size: int) -> list[int]:
-        """How many images each batch of an epoch holds: more than half of `batch_size`.
-
-        A remainder of up to half a batch joins the last one: BN has no use for the statistics of a
-        few images. Only a set that is smaller itself makes a smaller batch.
-        """
+        """How many images each batch of an epoch holds. A remainder of up to half a batch joins the
+        last one: BN has no use for the statistics of a few images."""
         full, rest = divmod(len(self.train_labels), batch_size)
-        sizes = [batch_size] * full
         if full and 2 * rest <= batch_size:
-            sizes[-1] += rest
-            return sizes
-        return [*sizes, rest]
+            return [batch_size] * (full - 1) + [batch_size + rest]
+        return [batch_size] * full + [rest]
 
     def train_batches(
         self, batch_size: int, *, seed: int, epoch: int, crop_padding: int, flip: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """All training images once, shuffled, cropped and flipped: a function of (seed, epoch).
 
-        Yields float32 images (b, 3, 32, 32) and labels (b,), b as `train_batch_sizes` says.
+        Yields float32 images (b, 3, h, w) and labels (b,), b as `train_batch_sizes` says.
         """
-        generator = _generator(seed, epoch)
-        n = len(self.train_labels)
+        n, generator = len(self.train_labels), _generator(seed, epoch)
         order = torch.randperm(n, generator=generator)
         shifts = torch.randint(0, 2 * crop_padding + 1, (n, 2), generator=generator)
         flips = torch.rand(n, generator=generator) < (0.5 if flip else 0.0)
@@ -117,8 +95,7 @@ class ImageData:
             yield normalize(augment(images, s, f, crop_padding)), self.train_labels[i]
 
     def plain_batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of `split` ("train" or "test") in order, not augmented: float32
-        (b, 3, 32, 32) from −1 to 1, and labels (b,)."""
+        """The images of `split` ("train" or "test") in order, from −1 to 1, with their labels."""
         images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             yield normalize(x), y

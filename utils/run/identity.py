@@ -1,15 +1,10 @@
-"""One run, one identity: what it was trained with is written down once, and read ever after.
+"""One run, one identity: `sparsity_train.ipynb` writes what it was trained with to
+checkpoints/<run>/run.json; the notebooks after it open it and decide only what is theirs."""
 
-checkpoints/<run>/run.json holds every setting, the digest of the images, the precision and the
-machine. `sparsity_train.ipynb` begins a run; the notebooks after it open it and decide only what is
-theirs. What is missing or foreign raises a RunError before anything is drawn or saved.
-"""
-
-import dataclasses
-import datetime
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -17,23 +12,24 @@ import torch
 
 from utils.engine import fast_precision
 from utils.images.data import ImageData
-from utils.profile import SETTINGS, Profile
+from utils.profile import FIELDS, SETTINGS, Profile
 from utils.run.machine import describe_machine
-from utils.store.files import json_digest, write_json, write_whole
+from utils.store.files import write_json, write_whole
+from utils.store.identity import differences, fingerprint, follows_from
 
-CUT = ("pruning_ratios", "min_channels")
+CUT = ("pruning_ratios", "min_channels", "multiple_of")
 FINETUNE = (
-    "multipass_ratios", "finetune_epochs", "finetune_lr", "finetune_schedule", "distillation",
+    "multipass_ratios", "finetune_epochs", "finetune_lr", "finetune_schedule",
+    "finetune_weight_decay", "distillation",
 )  # fmt: skip
-SHARED = [name for name in SETTINGS if f"finetune_{name}" not in FINETUNE]
-SHOWN = {
+SHOWN = {  # the settings that each notebook uses
     "training": ("depth", "width", "l1_lambdas", *SETTINGS, "precision"),
     "cut": ("l1_lambdas", "seed", "crop_padding", "flip", *CUT),  # BN is recalibrated augmented
-    "finetune": (*SHARED, "precision", *FINETUNE),
+    "finetune": [n for n in (*SETTINGS, "precision", *FINETUNE) if f"finetune_{n}" not in FINETUNE],
 }
-"""The settings that each notebook uses."""
-WITHOUT_EFFECT = ("name", "data", "cuda_graph", "test_batch_size")
-"""Fields of a profile on which no weight depends (the images count by their digest)."""
+WITHOUT_EFFECT = ("name", "data", "cuda_graph", "test_batch_size")  # on any weight
+TRAINED_WITH = [name for name in FIELDS if name not in (*CUT, *FINETUNE, *WITHOUT_EFFECT)]
+KEPT = ("data", "machine", "began", "trained_in")  # in run.json, beside the profile
 LAST_RUN = "checkpoints/last_run.txt"
 
 
@@ -45,29 +41,24 @@ class RunError(Exception):
 class Run:
     """What a run was trained with, and where its files lie."""
 
-    profile: Profile
-    """Every setting; the precision is decided, never "auto"."""
-    data: dict
-    """Name, digest, classes and sizes of the images."""
+    profile: Profile  # every setting; the precision is decided, never "auto"
+    data: dict  # name, digest, classes and sizes of the images
     machine: dict = field(default_factory=dict)
     began: str = ""
-    trained_in: str = ""
-    """The run whose trained networks this one cuts, if that is another."""
+    trained_in: str = ""  # the run whose trained networks this one cuts, if that is another
 
     @property
     def name(self) -> str:
         return self.profile.name
 
     @property
-    def id(self) -> str:
-        """16 hex digits that stand for all that the trained networks follow from."""
-        settings = {k: v for k, v in self.settings.items() if k not in (*CUT, *FINETUNE)}
-        return json_digest([settings, self.data["digest"]])
+    def facts(self) -> dict:
+        """All that the trained networks follow from."""
+        return follows_from(self.profile, TRAINED_WITH, images=self.data["digest"])
 
     @property
-    def settings(self) -> dict:
-        fields = dataclasses.asdict(self.profile)
-        return {k: v for k, v in fields.items() if k not in WITHOUT_EFFECT}
+    def id(self) -> str:
+        return fingerprint(self.facts)
 
     @property
     def checkpoints(self) -> Path:
@@ -79,7 +70,10 @@ class Run:
 
     def trained_file(self, l1_lambda: float) -> Path:
         folder = Path("checkpoints") / (self.trained_in or self.name)
-        return folder / f"trained_lambda_{l1_lambda:g}.pt"
+        return folder / f"trained_lambda_{l1_lambda:g}.safetensors"
+
+    def slim_file(self, ratio: float) -> Path:
+        return self.checkpoints / f"slim_{ratio:g}.safetensors"
 
     def __str__(self) -> str:
         images, profile = self.data, self.profile
@@ -99,63 +93,50 @@ class Run:
 def begin(
     profile: Profile, data: ImageData, device: torch.device | str, *, remember: bool = True
 ) -> Run:
-    """The run that `profile` names: a new one is written down, one that is there goes on.
-
-    Raises RunError, naming every difference, if one of this name was begun with other settings or
-    images. (λ's may be added or left out: each has a file of its own. How it is cut and fine-tuned
-    stays as it was: that is `open_run`'s.) `remember`: as the one that the notebooks open next;
-    without it they know nothing of it, and it is cut and fine-tuned as `profile` says.
-    """
-    before = _read(profile.name) if _file(profile.name).exists() else None
+    """The run that `profile` names, begun or gone on with. Raises RunError, naming each difference,
+    if it was begun with other settings or images (but for λ's). `remember`: as the one to open
+    next; then it stays cut and fine-tuned as it was, else as `profile` says."""
+    before = _find(profile.name)
     if profile.precision == "auto":  # decided once: on other hardware a run goes on as it began
         decided = before.profile.precision if before else fast_precision(device)
-        profile = dataclasses.replace(profile, precision=decided)
-    images = {
-        "name": data.name,
-        "digest": data.digest,
-        "classes": list(data.classes),
-        "train": len(data.train_labels),
-        "test": len(data.test_labels),
-    }
-    now = datetime.datetime.now().isoformat(" ", timespec="seconds")
+        profile = replace(profile, precision=decided)
+    images = {"name": data.name, "digest": data.digest, "classes": list(data.classes)}
+    images |= {"train": len(data.train_labels), "test": len(data.test_labels)}
+    now = datetime.now().isoformat(" ", timespec="seconds")
     run = Run(profile, images, describe_machine(device), now)
     if before:
-        _require_same(run, before)
-        free = {k: getattr(profile, k) for k in ("l1_lambdas", *WITHOUT_EFFECT)}
-        run = _with(before, **free)
-    if run != before:
-        _write(run)
-    if not remember:
-        return dataclasses.replace(run, profile=profile)
-    stays = {k: getattr(run.profile, k) for k in (*CUT, *FINETUNE)}
-    if kept := [f"{k} = {v}" for k, v in stays.items() if v != getattr(profile, k)]:
-        print(f"The run goes on with {', '.join(kept)}; notebooks 2 and 3 can change that")
-    return _last(run)
+        differ = differences(before.facts, _with(run, l1_lambdas=before.profile.l1_lambdas).facts)
+        if before.trained_in:
+            differ.append(f"the networks of the run {before.trained_in}")
+        if differ:
+            way_out = "Set that back, or give the new run a run_name (make lab … RUN=name)"
+            was = f"the run {before.name!r} was begun with {'; '.join(differ)}"
+            raise RunError(f"{before.checkpoints.resolve()}/run.json: {was}. {way_out}")
+        run = _with(before, **{k: getattr(profile, k) for k in ("l1_lambdas", *WITHOUT_EFFECT)})
+    _keep(run, before, remember)
+    return run if remember else replace(run, profile=profile)
 
 
-def open_run(name: str | None = None, *, save_as: str | None = None, **decided) -> Run:
-    """The run `name`, by default the one that was begun or opened last.
-
-    `decided` are the settings that the calling notebook may choose; None leaves what the run has.
-    They are kept with the run, for the notebooks that follow. `save_as` gives what follows to a run
-    of its own, which cuts the same trained networks. Raises RunError if there is no such run.
-    """
-    name = name or last_run()
-    run = before = _read(name)
+def open_run(
+    name: str | None = None, *, save_as: str | None = None, remember: bool = True, **decided
+) -> Run:
+    """The run `name`, by default the last one begun or opened. `decided`: settings that the caller
+    may choose, kept for those that follow; None leaves them. `save_as`: a run of its own, which
+    cuts the same networks. `remember`: as for `begin`. Raises RunError if there is no such run."""
+    run = before = _read(name or last_run())
     for name in decided.keys() - {*CUT, *FINETUNE}:
         raise RunError(f"{name}: was decided when the run was trained; begin another run for it")
     if save_as and save_as != run.name:
         if run.trained_in:  # what is cut anew begins with the settings of the training
             run = _read(run.trained_in)
-        new = dataclasses.replace(_with(run, name=save_as), trained_in=run.name)
-        before = _read(save_as) if _file(save_as).exists() else None
+        new = replace(_with(run, name=save_as), trained_in=run.name)
+        before = _find(save_as)
         run = _with(before or new, l1_lambdas=new.profile.l1_lambdas)
         if (run.trained_in, run.id) != (new.trained_in, new.id):
             raise RunError(f"save_as = {save_as!r}: a run of other networks is there; name another")
     run = _with(run, **{k: v for k, v in decided.items() if v is not None})
-    if run != before:
-        _write(run)
-    return _last(run)
+    _keep(run, before, remember)
+    return run
 
 
 def last_run() -> str:
@@ -166,59 +147,37 @@ def last_run() -> str:
     return note.read_text("utf-8").strip()
 
 
+def _keep(run: Run, before: Run | None, remember: bool) -> None:
+    """Write `run` down, unless it is as `before`; remember it for the notebook opened next."""
+    if run != before:
+        content = {"id": run.id, "name": run.name, "profile": asdict(run.profile)}
+        write_json(run.checkpoints / "run.json", content | {k: getattr(run, k) for k in KEPT})
+    if remember:
+        write_whole(os.environ.get("LAB_LAST_RUN") or LAST_RUN, f"{run.name}\n".encode())
+
+
 def _with(run: Run, **changes) -> Run:
-    return dataclasses.replace(run, profile=dataclasses.replace(run.profile, **changes))
-
-
-def _write(run: Run) -> None:
-    content = {"id": run.id, "name": run.name, "profile": dataclasses.asdict(run.profile)}
-    content |= {k: getattr(run, k) for k in ("data", "machine", "began", "trained_in")}
-    write_json(_file(run.name), content)
-
-
-def _file(name: str) -> Path:
-    return Path("checkpoints") / name / "run.json"
+    return replace(run, profile=replace(run.profile, **changes))
 
 
 def _read(name: str) -> Run:
-    file = _file(name)
+    if run := _find(name):
+        return run
+    known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
+    there = f"there are {', '.join(known)}" if known else "there is none yet"
+    raise RunError(f"run_name = {name!r}: no such run ({there}); run sparsity_train.ipynb")
+
+
+def _find(name: str) -> Run | None:
+    file = Path("checkpoints") / name / "run.json"
     if not file.exists():
-        known = sorted(p.parent.name for p in Path("checkpoints").glob("*/run.json"))
-        there = f"there are {', '.join(known)}" if known else "there is none yet"
-        raise RunError(f"run_name = {name!r}: no such run ({there}); run sparsity_train.ipynb")
+        return None
     try:
         content = json.loads(file.read_text("utf-8"))
-        rest = {k: content[k] for k in ("data", "machine", "began", "trained_in")}
-        run = Run(Profile(**content["profile"]), **rest)
-        if run.id != content["id"]:
-            raise ValueError("its id does not fit its settings")
-        if run.name != name:
-            raise ValueError(f"it is of the run {run.name!r}, so the folder has to be called that")
+        run = Run(Profile(**content["profile"]), **{k: content[k] for k in KEPT})
+        if (run.name, run.id) != (name, content["id"]):
+            raise ValueError(f"it is of the run {run.name!r}, or its id does not fit its settings")
+        return run
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{file.resolve()}: not readable ({error}). It says what the checkpoints beside it "
-            "were trained with; move that folder away and begin the run anew"
-        ) from None
-    return run
-
-
-def _last(run: Run) -> Run:
-    """Remember `run` for the notebook that is opened next."""
-    write_whole(os.environ.get("LAB_LAST_RUN") or LAST_RUN, f"{run.name}\n".encode())
-    return run
-
-
-def _require_same(wanted: Run, found: Run) -> None:
-    free = ("l1_lambdas", *CUT, *FINETUNE)
-    pairs = {k: (found.settings[k], v) for k, v in wanted.settings.items() if k not in free}
-    if found.data["digest"] != wanted.data["digest"]:  # a folder may have been renamed
-        pairs["images"] = tuple(f"{r.data['name']} ({r.data['digest']})" for r in (found, wanted))
-    differ = [f"{k} = {a}, now {b}" for k, (a, b) in pairs.items() if a != b]
-    if found.trained_in:
-        differ.append(f"the networks of the run {found.trained_in}")
-    if differ:
-        raise RunError(
-            f"{_file(wanted.name).resolve()}: the run {wanted.name!r} was begun with "
-            f"{'; '.join(differ)}. Set that back to go on with it, or give the new run a run_name "
-            "(make lab … RUN=name)"
-        )
+        way_out = "move that folder away and begin the run anew"
+        raise RunError(f"{file.resolve()}: not readable ({error}); {way_out}") from None

@@ -1,122 +1,106 @@
-"""The machine that a run uses: which device, and what to write beside a figure it produced."""
+"""The machine that a run uses: what a notebook asks of it, and what to write beside a figure."""
 
-import ctypes
+import os
 import platform
-import shutil
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pandas as pd
 import torch
 from packaging.requirements import Requirement
 
+from models.vgg import VGG
+from utils.engine import choose_engine, pick_device, seconds_per_epoch
+from utils.images.data import ImageData
+from utils.profile import Profile
 
-def set_up(labs: Sequence[Path]) -> torch.device:
-    """What a notebook does first: check the packages, find the device, say where it runs.
 
-    `labs` are the copies of the lab that were found, the one in use first.
-    """
+def set_up(labs: Sequence[Path]) -> None:
+    """What a notebook does first. `labs`: the copies of the lab found, the one in use first. Raises
+    ImportError for packages missing or too old, and for models/ or utils/ of another project."""
     check_requirements()
     for other in [lab for lab in dict.fromkeys(labs) if lab != labs[0]]:
         print(f"(another copy of the lab, not used: {other})")
+    for name in ("models", "utils"):
+        found = Path(sys.modules[name].__file__).parent
+        if found.resolve() != (labs[0] / name).resolve():
+            way_out = "restart the kernel, and start Jupyter without PYTHONPATH"
+            raise ImportError(f"{name}/ is that of another project, {found}: {way_out}")
     pd.set_option("display.max_colwidth", None)  # a reason in a table is shown to its end
-    device = pick_device()
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell and "inline" not in (backend := os.environ.get("MPLBACKEND", "inline")):
+        print(f"(MPLBACKEND = {backend!r} of your shell is not used: pictures are shown inline)")
+
+
+def use_device(name: str | None = None) -> torch.device:
+    """The device that `pick_device` finds, with a printed line on the machine."""
+    device = pick_device(name)
     print(", ".join(f"{name} {value}" for name, value in describe_machine(device).items()))
     return device
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU, with a printed line that names what suits it.
-
-    On CUDA float32 is float32 from then on: torch would compute its convolutions in TF32, whose
-    rounding is coarser than the lab's checks and comparisons allow.
-    """
-    if torch.cuda.is_available():
-        torch.backends.cudnn.allow_tf32 = False
-        return torch.device("cuda")
-    _keep_freed_memory()
-    missing = "No GPU found"
-    if torch.backends.mps.is_available():
-        missing = "The GPU of this Mac is not used"
-    elif shutil.which("nvidia-smi"):  # pip's torch for Windows, for one, is without CUDA
-        missing = (
-            f"No GPU that torch {torch.__version__} can use: it is a build without CUDA, or the "
-            "driver is too old for it (pytorch.org, Get started, has the command that fits)"
-        )
-    print(
-        missing,
-        "— running on the CPU, for which the profiles quick (minutes) and laptop (a few hours) are "
-        "made. In Colab: Runtime → Change runtime type → GPU.",
-    )
-    return torch.device("cpu")
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the large blocks that a step frees, for the next step to use.
-
-    By default it gives them back to the system, which has to clear each page again when the next
-    step asks for it: a sixth of the time of a step of the laptop profile.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    if mallopt:  # other systems have other allocators
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
-
-
 def check_requirements(path: str = "requirements.txt") -> None:
     """Raise ImportError if a package that the lab imports is missing or older than its floor.
-
-    Nothing is installed: on Colab an upgrade of what it ships would break the rest.
-    """
+    Nothing is installed: on Colab an upgrade of what it ships would break the rest."""
     unmet = []
-    with open(path, encoding="utf-8") as file:
-        wanted = [line.split("#")[0].strip() for line in file]
-    for requirement in map(Requirement, filter(None, wanted)):
-        if requirement.name in ("jupyter", "nbclient"):
-            continue  # whoever reads this in a notebook has what opened it
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            found = "none"
-        if found == "none" or not requirement.specifier.contains(found, prereleases=True):
-            unmet.append(f"{requirement} (found: {found})")
+    for line in re.findall(r"^[^#\n]+", Path(path).read_text("utf-8"), re.M):
+        needed = Requirement(line.strip())
+        found = next((d.version for d in distributions(name=needed.name)), "none")
+        met = found != "none" and needed.specifier.contains(found, prereleases=True)
+        if not met and needed.name not in ("jupyter", "nbclient"):  # a reader has what opened it
+            unmet.append(f"{needed} (found: {found})")
     if unmet:
-        raise ImportError(f"the lab needs {', '.join(unmet)}: pip install -r requirements.txt")
+        needs = f"the lab needs {', '.join(unmet)}, and this kernel runs {sys.executable}"
+        install = "`pip install -r requirements.txt` with that one"
+        raise ImportError(f"{needs}: choose a kernel that has them, or {install}")
 
 
-def forecast(seconds: float, what: str) -> str:
-    """A sentence: `what` takes `seconds` on this machine, and what to choose if that is long."""
-    if seconds < 2 * 3600:
-        return f"{what} take about {max(1, round(seconds / 60))} min here"
-    return (
-        f"{what} take about {seconds / 3600:.0f} hours here. Shorter: fewer epochs, a GPU, or a "
-        "smaller profile (laptop is a sixteenth of the work of cifar10, quick takes minutes)"
-    )
+class Forecast:
+    """How long trainings take here: said before them, and compared with what they took."""
+
+    def __init__(self, what: str, trainings: Iterable[tuple[VGG, Profile]], data: ImageData):
+        self.what, self.seconds, each = what, 0.0, {}
+        for model, profile in trainings:
+            key = (*model.cfg, profile)
+            if key not in each:  # networks of one shape take equally long
+                each[key] = seconds_per_epoch(model, data, profile) * profile.epochs
+            self.seconds += each[key]
+        on = choose_engine(model, data, profile)
+        print(f"{what} takes about {duration(self.seconds)} here ({on})")
+        if self.seconds > 2 * 3600:
+            print("Shorter: fewer epochs, a GPU, or a smaller profile, such as laptop or quick")
+        self.began = time.monotonic()
+
+    def compare(self) -> None:
+        """Print what the trainings took."""
+        took = duration(time.monotonic() - self.began)
+        print(f"{self.what} took {took} (forecast: {duration(self.seconds)})")
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "40 s", "12 min", "3.5 hours"."""
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
 
 
 def processor() -> str:
     """The name of the CPU, as the system gives it."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def describe_machine(device: torch.device | str) -> dict[str, str | int]:
     """Hardware, threads and versions: what a measured figure must be read with."""
-    device = torch.device(device)
-    hardware = {"device": processor()}
+    device, hardware = torch.device(device), {"device": processor()}
     if device.type == "cuda":  # the CPU counts, too: it computes the latencies, ONNX and int8
         hardware = {"device": torch.cuda.get_device_name(device), "processor": processor()}
-    return {
-        **hardware,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "numpy")},
-    }
+    elif device.type == "mps":
+        hardware = {"device": f"GPU of {processor()}"}
+    software = {"threads": torch.get_num_threads(), "python": platform.python_version()}
+    return hardware | software | {name: version(name) for name in ("torch", "torchvision", "numpy")}

@@ -1,29 +1,34 @@
-"""A checkpoint file that describes itself: saved whole or not at all, and trusted in nothing."""
+"""A checkpoint file, saved whole or not at all and trusted in nothing: safetensors, whose header
+holds plain facts as JSON and a seal, a digest of all of it."""
 
-import io
+import json
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from reprlib import repr as short
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.vgg import VGG, shapes_only
-from utils.store.archive import Unreadable, check_tensor, is_finite, odd_types_in, plain, read
-from utils.store.files import write_whole
-from utils.store.foreign import as_checkpoint
+from models.vgg import VGG
+from utils.store.files import digest, write_whole
+from utils.store.foreign import ANOTHER_VERSION, Unreadable, cfg_and_weights, read_torch
+from utils.store.identity import fingerprint
 
-FORMAT = 2
-ARCHITECTURES: dict[str, type[VGG]] = {"VGG": VGG}
+FORMAT = 3
+LAB = "network slimming"
+"""The name of the one entry in the header that is this lab's. It stands in the entry, too: with a
+damaged name it must not pass for somebody else's file."""
+MOMENTUM = "optimizer.momentum."
+FACTS = ("kind", "cfg", "settings", "history", "results")
 WRITTEN_BY = {
     "trained": "sparsity_train.ipynb",
     "slim": "vggprune.ipynb",
     "finetuned": "train_prune_model.ipynb",
+    "pass": "train_prune_model.ipynb",
+    "cut": "train_prune_model.ipynb or the sweep",
 }
-"""The kinds of checkpoint of this lab, and the notebook that writes each."""
-KINDS = (*WRITTEN_BY, "original lab")
-GRAD_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+"""The kinds of this lab: `pass` is trained between two cuts, `cut` is not fine-tuned yet."""
 
 
 @dataclass
@@ -62,22 +67,20 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network and where it comes from."""
+    """A network and where it comes from.
+
+    `kind`: one of WRITTEN_BY, or "original lab". `settings`: what the network follows from; equal
+    settings, equal network. `history`: a list for each of COLUMNS, or empty. `optimizer`: what
+    `fit` goes on with, {"momentum": a tensor per parameter, "scaler"}, or empty.
+    """
 
     kind: str
-    """One of KINDS."""
     cfg: list[int | str]
     state_dict: dict[str, Tensor]
     settings: dict = field(default_factory=dict)
-    """What the network follows from: equal settings, equal network."""
     history: dict[str, list[float]] = field(default_factory=dict)
-    """A list for each of COLUMNS, one entry per finished epoch; empty without training."""
     optimizer: dict = field(default_factory=dict)
-    """What `fit` needs to go on: {"momentum": a tensor per parameter, "scaler"}; else empty."""
     results: dict = field(default_factory=dict)
-    """Numbers measured on this network, for the notebooks that follow."""
-    architecture: str = "VGG"
-    """One of ARCHITECTURES."""
 
     @property
     def num_classes(self) -> int:
@@ -85,133 +88,110 @@ class Checkpoint:
 
     def model(self) -> VGG:
         """The network itself, on the CPU, in evaluation mode."""
-        model = ARCHITECTURES[self.architecture](self.cfg, num_classes=self.num_classes)
+        model = VGG(self.cfg, num_classes=self.num_classes)
         model.load_state_dict(self.state_dict, strict=True)
         return model.eval()
 
 
-NAMES = [f.name for f in fields(Checkpoint)]
-
-
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`, as `write_whole` does it, so that `load` gives it back.
+    """Write `checkpoint` to `path`, as `write_whole` does it, so that `load` gives it back, plain
+    values as JSON has them: tuples as lists, keys as text, single numbers of numpy and torch as
+    Python's, each float to the last bit.
 
-    Single numbers of numpy and torch become Python's. Raises CheckpointError, and leaves the old
-    file, for what `load` would refuse and for a file that can't be written.
+    Raises CheckpointError, and leaves the old file, for what `load` would refuse.
     """
-    values = {n: plain(getattr(checkpoint, n)) for n in ("cfg", "settings", "history", "results")}
-    checkpoint = replace(checkpoint, **values)
-    buffer = io.BytesIO()
+    facts = {"lab": LAB, "format": FORMAT, "scaler": checkpoint.optimizer.get("scaler")}
+    facts |= {name: getattr(checkpoint, name) for name in FACTS}
+    momentum = {f"{MOMENTUM}{k}": t for k, t in enumerate(checkpoint.optimizer.get("momentum", ()))}
+    tensors = {  # no two of which may share memory
+        name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, t in (checkpoint.state_dict | momentum).items()
+    }
     try:
-        _check_values(checkpoint)
-        torch.save({"format": FORMAT} | {n: getattr(checkpoint, n) for n in NAMES}, buffer)
-        _checked(read(buffer))
-        write_whole(path, buffer.getbuffer())
-    except Unreadable as error:
+        facts = {name: _plain(name, value) for name, value in facts.items()}
+        facts["seal"] = _seal(facts, tensors)
+        # One entry: the library writes several in an order that differs from file to file.
+        content = safetensors.torch.save(tensors, {LAB: json.dumps(facts)})
+        _checked(content)
+    except Exception as error:
         raise CheckpointError(
-            f"{os.path.abspath(path)}: not saved, for the file {error} and could not be loaded "
-            "again. What was there before is unchanged; mend the value, and run again."
+            f"{os.path.abspath(path)}: not saved, for it could not be loaded again ({error}). What "
+            "was there before is unchanged; mend the value, and run again."
         ) from error
-    except OSError as error:
-        raise CheckpointError(str(error)) from error
+    write_whole(path, content)
 
 
 def load(path: str | Path, kind: str | None = None) -> Checkpoint:
-    """Read and check a checkpoint, this lab's or one that `as_checkpoint` understands.
+    """Read and check a checkpoint, this lab's or one that `foreign` understands.
 
     `kind` is the one expected, if only one will do. Every tensor is on the CPU, finite, and of the
     shape that `cfg` asks for. Anything else raises CheckpointError. No code in the file is run.
     """
-    path, writer = os.path.abspath(path), WRITTEN_BY.get(kind, "the notebook that writes it")
-    advice = "Delete or replace the file, and" if kind in WRITTEN_BY else "Get a sound copy, or"
+    path, run = os.path.abspath(path), f"run {WRITTEN_BY.get(kind, 'the notebook that writes it')}"
     try:
-        with open(path, "rb") as file:
-            checkpoint = _checked(read(file))
+        checkpoint = _checked(Path(path).read_bytes())
         if kind and checkpoint.kind != kind:
-            what = f"is of kind {checkpoint.kind!r}, expected {kind!r}"
-            raise Unreadable(what, f"Move it elsewhere, and run {writer}")
+            raise Unreadable(f"is of kind {checkpoint.kind!r}, expected {kind!r}")
         return checkpoint
     except OSError as error:
-        way_out = f"Is the path right? If it is this lab's own, run {writer}"
+        way_out = f"Is the path right? If it is this lab's own, {run}"
         raise CheckpointError(f"{path}: {error.strerror or error}. {way_out}.") from error
-    # RuntimeError: what torch raises for tensors too odd to look at, Python for endless nesting.
-    except (Unreadable, RuntimeError) as error:
-        way_out = getattr(error, "way_out", "") or f"{advice} run {writer}"
-        raise CheckpointError(f"{path}: {error}. {way_out}.") from error
+    except Exception as error:  # a file that is crafted or damaged can fail in any way at all
+        what = f"is damaged or no checkpoint ({type(error).__name__}: {str(error)[:200]})"
+        told = error.args if isinstance(error, Unreadable) else (what,)
+        what, way_out = (*told, f"Get a sound copy, or move it away and {run}")[:2]
+        raise CheckpointError(f"{path}: {what}. {way_out}.") from error
 
 
-def _checked(content: dict) -> Checkpoint:
-    if "format" not in content:
-        content = as_checkpoint(content)
-    elif type(content["format"]) is not int or content["format"] != FORMAT:
-        raise Unreadable(
-            f"has format {short(content['format'])}, this version of the lab reads {FORMAT}",
-            "Use the version that wrote it, or move it elsewhere and run the notebook again",
-        )
-    content = {"kind": None, "cfg": None, "state_dict": None} | content
-    checkpoint = Checkpoint(**{n: content[n] for n in NAMES if n in content})
-    _check_values(checkpoint)
-    _check_tensors(checkpoint)
-    return checkpoint
-
-
-def _check_values(checkpoint: Checkpoint) -> None:
-    """Known names, plain values, and a history as `fit` writes it."""
-    for name, known in (("kind", KINDS), ("architecture", ARCHITECTURES)):
-        value = getattr(checkpoint, name)
-        if not isinstance(value, str) or value not in known:
-            raise Unreadable(f"has {name} {short(value)}, known are {', '.join(known)}")
-    for name in ("settings", "history", "results"):
-        value = getattr(checkpoint, name)
-        if (odd := odd_types_in(value)) or not isinstance(value, dict):
-            names = ", ".join(sorted(t.__name__ for t in odd or {type(value)}))
-            raise Unreadable(f"has {name} of {names}, must be a dictionary of plain values")
-    history, columns = checkpoint.history, checkpoint.history.values()
-    if history and set(history) != set(COLUMNS):
-        raise Unreadable(f"has a history of {short(list(history))}, not of {', '.join(COLUMNS)}")
-    finite = all(type(c) is list and all(map(is_finite, c)) for c in columns)
-    if not finite or len({len(c) for c in columns}) > 1:
-        raise Unreadable("has a history that is not finite numbers, one per column and epoch")
-    done = len(history.get("lr", ()))
-    epochs = checkpoint.settings.get("epochs", done)
-    if type(epochs) is not int or done > epochs:
-        raise Unreadable(f"has {done} epochs of history, its settings say epochs = {short(epochs)}")
-    if 0 < done < epochs and checkpoint.optimizer == {}:
-        raise Unreadable(f"has {done} of {epochs} epochs, but no optimizer state to go on with")
-
-
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """The weights are those of the architecture with this cfg, each of its shape, each finite."""
-    cfg, state = checkpoint.cfg, checkpoint.state_dict
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise Unreadable("has no readable weights")
+def _plain(name: str, value: object) -> object:
     try:
-        if not isinstance(cfg, list) or not all(type(v) in (int, float, str) for v in cfg):
-            raise ValueError(f"cfg = {short(cfg)}: must be a list of channel counts and 'M'")
-        with shapes_only():
-            model = ARCHITECTURES[checkpoint.architecture](cfg, num_classes=checkpoint.num_classes)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise Unreadable(f"does not describe a {checkpoint.architecture} ({error})") from error
-    expected = model.state_dict()
-    if expected.keys() != state.keys():
-        differ = ", ".join(sorted(expected.keys() ^ state.keys())[:3])
-        raise Unreadable(f"has other layers than its cfg says ({differ})")
-    for name, value in expected.items():
-        check_tensor(name, state[name], value)
-        if name.endswith("running_var") and (state[name] < 0).any():
-            raise Unreadable(f"has a negative variance in {name}")
-    if checkpoint.optimizer != {}:
-        _check_optimizer(checkpoint.optimizer, list(model.parameters()))
+        return json.loads(json.dumps(value, default=lambda v: v.item(), allow_nan=False))
+    except Exception as error:
+        raise Unreadable(f"has {name} of other than plain, finite values ({error})") from error
 
 
-def _check_optimizer(optimizer: dict, parameters: list[Tensor]) -> None:
-    if not isinstance(optimizer, dict) or optimizer.keys() != {"momentum", "scaler"}:
-        raise Unreadable("has an optimizer state that is not one of momentum and scaler")
-    momentum, scaler = optimizer["momentum"], optimizer["scaler"]
-    if not isinstance(momentum, list) or len(momentum) != len(parameters):
-        raise Unreadable("has an optimizer state without a momentum for each parameter")
-    for value, weight in zip(momentum, parameters, strict=True):
-        check_tensor("the optimizer's momentum", value, weight)
-    known = isinstance(scaler, dict) and set(scaler) in (set(), GRAD_SCALER)
-    if not known or not all(map(is_finite, scaler.values())):
-        raise Unreadable("has an optimizer state whose scaler is not one of torch")
+def _seal(facts: dict, tensors: dict[str, Tensor]) -> str:
+    return fingerprint([facts, digest(tensors[name] for name in sorted(tensors))])
+
+
+def _unpacked(content: bytes) -> tuple[dict | None, dict[str, Tensor]]:
+    """The facts and tensors in a file, its own or somebody else's."""
+    if content[8:9] == b"{":  # where the header of a safetensors file begins
+        tensors = safetensors.torch.load(content)  # checks names, types, shapes and offsets
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
+        if LAB in str(metadata):
+            facts = json.loads(metadata[LAB])
+            if facts["format"] != FORMAT:
+                what = f"has format {facts['format']!r}, this version of the lab reads {FORMAT}"
+                raise Unreadable(what, ANOTHER_VERSION)
+            if facts.pop("seal") != _seal(facts, tensors):
+                raise Unreadable("is damaged (its checksum is another)")
+            return facts, tensors
+    else:
+        tensors = read_torch(content)
+    cfg, weights = cfg_and_weights(tensors)
+    return asdict(Checkpoint("original lab", cfg, {})) | {"scaler": None}, weights
+
+
+def _checked(content: bytes) -> Checkpoint:
+    """The checkpoint in the content of a file; raises an Exception unless all of it is sound."""
+    facts, tensors = _unpacked(content)
+    len(History(**facts["history"]))  # TypeError for columns that it doesn't know
+    with torch.device("meta"):
+        model = VGG(facts["cfg"], num_classes=len(tensors.get("classifier.bias", "?")))
+    weights, momentum, optimizer = model.state_dict(), {}, {}
+    if facts["scaler"] is not None:
+        momentum = {f"{MOMENTUM}{k}": p for k, p in enumerate(model.parameters())}
+        optimizer = {"momentum": [tensors.get(n) for n in momentum], "scaler": facts["scaler"]}
+    expected = {name: (t.shape, t.dtype) for name, t in (weights | momentum).items()}
+    found = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            what = f"has {name} as {found.get(name)}, its cfg asks for {expected.get(name)}"
+            raise Unreadable(what)
+        numbers = tensors[name]
+        if not numbers.isfinite().all() or (name.endswith("running_var") and numbers.min() < 0):
+            raise Unreadable(f"has numbers in {name} that are not finite, or a negative variance")
+    facts = {name: facts[name] for name in FACTS}
+    return Checkpoint(state_dict={n: tensors[n] for n in weights}, optimizer=optimizer, **facts)

@@ -1,5 +1,6 @@
 """What things follow from. Equal facts, equal result: nothing else decides what may be reused."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -9,26 +10,23 @@ from torch import nn
 from utils.profile import Profile
 from utils.store.files import digest
 
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Profile)}
+
 
 def follows_from(profile: Profile, fields: Iterable[str], **more: object) -> dict:
-    """The `fields` of `profile` that are not at their default, and `more`: plain values, as JSON
-    holds them.
+    """The `fields` of `profile` that are not at their default, and `more`, as JSON holds them.
 
     A setting at its default is left out, so a new one makes no old file another's. (Hence the
     default of a field never changes: the profiles change.)
     """
-    chosen = {name: getattr(profile, name) for name in fields}
-    facts = {k: v for k, v in chosen.items() if v != getattr(Profile, k)}
-    return json.loads(json.dumps(facts | more))
+    chosen = {k: getattr(profile, k) for k in fields if getattr(profile, k) != DEFAULTS[k]}
+    return json.loads(json.dumps(chosen | more))
 
 
 def differences(found: dict, wanted: dict) -> list[str]:
     """One entry for each fact in which two things differ: "lr = 0.1, now 0.2"."""
-
-    def value(facts: dict, name: str) -> object:
-        return facts.get(name, json.loads(json.dumps(getattr(Profile, name, None))))
-
-    pairs = {k: (value(found, k), value(wanted, k)) for k in sorted(found.keys() | wanted.keys())}
+    default = json.loads(json.dumps({k: DEFAULTS.get(k) for k in sorted(found | wanted)}))
+    pairs = {k: (found.get(k, v), wanted.get(k, v)) for k, v in default.items()}
     return [f"{k} = {a!r}, now {b!r}" for k, (a, b) in pairs.items() if a != b]
 
 
