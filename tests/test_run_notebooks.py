@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -136,8 +137,13 @@ except KeyboardInterrupt:
     raise SystemError("saved")
 """
     write(lab, [BEGINS.format(name="'begun'"), typed], [], [])
-    with pytest.raises(SystemExit, match=r"sparsity_train\.ipynb stopped: SystemError: saved"):
-        make_lab(monkeypatch, "--profile", "smoke")
+    # What a shell starts in the background ignores this signal, and so would this process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit, match=r"sparsity_train\.ipynb stopped: SystemError: saved"):
+            make_lab(monkeypatch, "--profile", "smoke")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "The executed notebook:" in capsys.readouterr().out
 
 
