@@ -46,7 +46,7 @@ notebook: .venv/lab
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 handin: .venv/handin
 	$(call needed,STUDENT)$(BIN)/python -m coursework.hand_in "$$STUDENT"
