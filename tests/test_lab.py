@@ -87,9 +87,10 @@ def test_a_run_stopped_before_its_second_lambda_is_named(run):
         lab.trained_networks(run, DATA)
 
 
-def test_a_run_stopped_within_a_training_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("epochs", [4, 20])  # 20 is the default, which no file holds
+def test_a_run_stopped_within_a_training_is_named(tmp_path, monkeypatch, epochs):
     monkeypatch.chdir(tmp_path)
-    run = begin(profile(epochs=4, l1_lambdas=(0.1,)), DATA, "cpu")
+    run = begin(profile(epochs=epochs, l1_lambdas=(0.1,)), DATA, "cpu")
 
     def stop(history):
         raise KeyboardInterrupt
@@ -97,7 +98,8 @@ def test_a_run_stopped_within_a_training_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", iter(range(0, 10**6, 100)).__next__)  # a save is due
     with pytest.raises(Stopped):
         lab.train(run, DATA, 0.1, on_epoch=stop)
-    with pytest.raises(RunError, match=r"_0\.1\.s\w+: 1 of 4 epochs are done. Run sparsity_train"):
+    said = rf"_0\.1\.s\w+: 1 of {epochs} epochs are done. Run sparsity_train"
+    with pytest.raises(RunError, match=said):
         lab.trained_networks(run, DATA)
 
 

@@ -82,7 +82,7 @@ def _saved(
         saved = found[key] = load(file, kind=kind)
         if saved.optimizer:  # it is kept as long as there are epochs to come
             done = len(History(**saved.history))
-            wrong.append(f"{file}: {done} of {saved.settings['epochs']} epochs are done")
+            wrong.append(f"{file}: {done} of {run.profile.epochs} epochs are done")
         if differ := differences(saved.settings, facts(key, saved)):
             wrong.append(f"{file} was made with {', '.join(differ)}")
     if wrong:
