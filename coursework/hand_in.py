@@ -23,7 +23,8 @@ from utils.sparsity import bn_layers
 from utils.store.checkpoint import CheckpointError, load
 from utils.store.files import write_whole
 
-CODE = ("models/*.py", "utils/**/*.py", "requirements.txt")  # what the notebooks need to run
+# What the notebooks need to run; those of the student edition need coursework, too.
+CODE = ("models/*.py", "utils/**/*.py", "coursework/*.py", "coursework/*.ini", "requirements.txt")
 
 
 def hand_in(student: str, name: str | None = None, *, language: str = "en") -> Path:

@@ -515,7 +515,8 @@ def test_the_archive_runs_by_itself_and_names_no_folder_of_its_student(good):
     """All modules of models/ and utils/; run.json names the images, not where they lie."""
     with zipfile.ZipFile(good[0]) as archive:
         names, run = set(archive.namelist()), archive.read("run.json").decode()
-    rooms = [path for room in ("models", "utils") for path in (ROOT / room).rglob("*.py")]
+    rooms = [p for room in ("models", "utils", "coursework") for p in (ROOT / room).rglob("*.py")]
+    rooms.append(ROOT / "coursework" / "blanks.ini")
     assert {path.relative_to(ROOT).as_posix() for path in rooms} | {"requirements.txt"} <= names
     assert json.loads(run)["profile"]["data"] == "CIFAR-10" and "wang" not in run
     kept = (good[0].parent / "checkpoints" / "demo" / "run.json").read_text("utf-8")
