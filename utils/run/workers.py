@@ -41,7 +41,7 @@ def in_workers(call: Callable, jobs: Jobs, *, workers: int | Executor) -> Result
     waiting = dict(jobs)
     for alone in (False, False, True):
         parts = [{key: job} for key, job in waiting.items()] if alone else [dict(waiting)]
-        for part in parts:
+        for part in filter(None, parts):  # nothing left to do: no processes
             for key, result in _results(call, part, workers):
                 del waiting[key]
                 yield key, result
