@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -50,20 +51,19 @@ def test_a_way_whose_floor_forbids_the_cut_is_left_out_and_the_others_are_tried(
 ):
     monkeypatch.chdir(tmp_path)
     profile = tiny_profile(epochs=1, finetune_epochs=1, distillation=0.0)
-    once = {"multipass_ratios": ()}
-    chosen = {trials.BASE: once, "a floor": once | {"min_channels": 9}, "no crop": once}
+    chosen = ["min_channels=9", "crop_padding=0", "l1_lambda=0", "same_macs=True"]
     rows = trials.one_seed(profile, tiny_data(), torch.device("cpu"), 0.02, chosen)
-    assert [row["way"] for row in rows] == [trials.BASE, "no crop"]
-    assert re.search("a floor: left out, min_channels = 9.*lower", capsys.readouterr().out)
+    trained, base, *others = rows
+    assert [row["way"] for row in rows] == [trials.TRAINED, trials.BASE, *chosen[1:]]
+    assert re.search("min_channels=9: left out, min_channels = 9.*lower", capsys.readouterr().out)
+    assert base["MACs (M)"] < trained["MACs (M)"]
+    assert others[-1]["MACs (M)"] <= base["MACs (M)"]
 
 
-def test_each_way_of_a_trial_changes_one_thing_of_a_cut_at_once():
+def test_every_way_of_a_trial_is_settings_of_a_profile():
     profile = tiny_profile()
-    ways = trials.ways(profile)
-    base = ways.pop(trials.BASE)
-    assert ways.pop(trials.UNPENALIZED) == base  # of another network
-    both = ways.pop("twice the lr, weight decay 5e-4")
-    assert both == ways["twice the lr"] | ways["weight decay 5e-4"]
-    for way in ways.values():
-        changed = {k for k, v in way.items() if v != base.get(k)}
-        assert len(changed) == 1 or changed == {"finetune_schedule", "finetune_lr"}
+    for way in trials.ways(profile):
+        change = trials.settings(way)
+        replace(profile, **{k: v for k, v in change.items() if k not in ("same_macs", "l1_lambda")})
+    with pytest.raises(ValueError, match=r"'width 0\.5': must be settings"):
+        trials.settings("width 0.5")

@@ -19,6 +19,11 @@ LAB = {
     "nesterov": False, "weight_decay": 1e-4, "crop_padding": 4, "flip": True,
     "l1_lambdas": (0.0, 1e-4, 1e-3, 1e-2), "pruning_ratios": (0.5, 0.9), "finetune_epochs": 20,
 }  # fmt: skip
+CIFAR10 = LAB | {  # why: benchmarks/README.md
+    "schedule": "cosine", "nesterov": True, "weight_decay": 5e-4, "finetune_schedule": "cosine",
+    "finetune_lr": 0.1, "finetune_weight_decay": 5e-4,
+    "l1_lambdas": (0.0, 1e-4, 5e-4, 1e-3, 1e-2),
+}  # fmt: skip
 PAPER = LAB | {
     "epochs": 160, "batch_size": 64, "nesterov": True, "l1_lambdas": (0.0, 1e-4),
     "pruning_ratios": (0.7,), "finetune_epochs": 160, "finetune_lr": 0.1,
@@ -66,9 +71,11 @@ def environment(monkeypatch):
     return monkeypatch.setenv
 
 
-@pytest.mark.parametrize(("name", "values"), [("cifar10", LAB), ("paper", PAPER)])
-def test_the_profiles_have_the_published_values(name, values):
-    profile = get_profile(name)
+@pytest.mark.parametrize(
+    ("profile", "values"),
+    [(Profile(), LAB), (PROFILES["cifar10"], CIFAR10), (PROFILES["paper"], PAPER)],
+)
+def test_the_profiles_have_the_published_values(profile, values):
     assert {field: getattr(profile, field) for field in values} == values
 
 

@@ -159,8 +159,9 @@ _DIGITS = {"data": "digits", "crop_padding": 1, "flip": False, "precision": "flo
 
 # fmt: off
 PROFILES: dict[str, Profile] = {p.name: p for p in (
-    # The lab itself, on a GPU; notebook 2 finds out why a floor of 16.
-    Profile(min_channels=16),
+    # The lab itself, on a GPU; why each setting: benchmarks/README.md, "The profile cifar10".
+    Profile(schedule="cosine", nesterov=True, weight_decay=5e-4, min_channels=16,
+            l1_lambdas=(0.0, 1e-4, 5e-4, 1e-3, 1e-2), finetune_lr=0.1, finetune_weight_decay=5e-4),
     # scikit-learn's handwritten digits: all three regimes of λ in a minute, without a network.
     # With a floor of 8, 90 % ends above 90 % on held-out images in each of three seeds.
     Profile(name="quick", **_DIGITS, width=0.25, l1_lambdas=(0.0, 5e-3, 5e-2),
