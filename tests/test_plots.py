@@ -523,8 +523,10 @@ def test_a_live_curve_is_drawn_anew_in_its_place(monkeypatch):
 
     monkeypatch.setattr("IPython.display.display", display)
     monkeypatch.setattr(training, "Shown", lambda figure: figure)
-    curve, other = plots.LiveCurve("λ = $1, CIFAR-Z", before=33.0), plots.LiveCurve("another")
-    for epochs in (1, 3):
+    now = iter([0, 0, 0.5, 1, 1, 1.5, 1.5, 1.5, 1.5])  # seconds, at each look at the clock
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(now))
+    curve, other = plots.LiveCurve("λ = $1, CIFAR-Z", 3, before=33.0), plots.LiveCurve("another", 1)
+    for epochs in (2, 1, 3):  # the first comes too soon to be drawn, the last always is
         curve(so_far(epochs))
     other(so_far(1))
     first, second = places[0][0], places[1][0]
@@ -543,11 +545,12 @@ def test_a_live_curve_is_drawn_anew_in_its_place(monkeypatch):
     assert points(ax, "sparsity") == ([1, 2, 3], [0, 12.5, 75])
     assert points(figures[4].axes[0], "test accuracy") == ([1], [38.0])
     assert (ax.get_ylabel(), ax.get_xlabel(), ax.get_ylim()) == ("share (%)", "epoch", (-3, 103))
+    assert ax.get_xlim() == (0, 3)
     assert legend(ax.figure) == ["training accuracy", "test accuracy", "sparsity"]
 
 
 def test_without_a_notebook_a_live_curve_is_a_line_for_each_epoch(capsys):
-    curve = plots.LiveCurve("λ = 0")
+    curve = plots.LiveCurve("λ = 0", 2)
     curve(so_far(2))
     assert capsys.readouterr().out.splitlines() == [
         "λ = 0",

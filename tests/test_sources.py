@@ -354,7 +354,7 @@ def places(monkeypatch):
     """places("missing", "good"): CIFAR-10 comes from these, each of which fails in its own way."""
     sums = {name: hashlib.md5(raw).hexdigest() for name, raw in FILES.items()}
     source = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(source, "tgz_md5", hashlib.md5(ARCHIVE).hexdigest())
+    monkeypatch.setattr(sources, "ARCHIVE_MD5", hashlib.md5(ARCHIVE).hexdigest())
     for part in ("train_list", "test_list"):
         monkeypatch.setattr(source, part, [[n, sums[n]] for n, _ in getattr(source, part)])
     monkeypatch.setattr(source, "meta", source.meta | {"md5": sums["batches.meta"]})

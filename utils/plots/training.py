@@ -1,5 +1,6 @@
 """Images, and what a training does to accuracy and sparsity."""
 
+import time
 from collections.abc import Mapping, Sequence
 from uuid import uuid4
 
@@ -82,15 +83,18 @@ def finetuning_curves(histories: Mapping, right_after: Mapping, dense_accuracy: 
 
 
 class LiveCurve:
-    """Accuracy and sparsity of a training under way, drawn anew in place after each epoch. Call it
-    with the history so far. `before`: the test accuracy in % at epoch 0, if there is one."""
+    """Accuracy and sparsity of a training of so many `epochs`, drawn in place: call it with the
+    history so far. `before`: the test accuracy in % at epoch 0, if there is one."""
 
-    def __init__(self, title: str, before: float | None = None) -> None:
-        self.title, self.before, self.place = title, before, uuid4().hex
+    def __init__(self, title: str, epochs: int, before: float | None = None) -> None:
+        self.title, self.epochs, self.before, self.place = title, epochs, before, uuid4().hex
         # Shown before anything is printed: an output in between would cut the progress bar in two.
         self._show([], [], [], update=False)
 
     def __call__(self, history) -> None:
+        # A drawing takes a tenth of a second, as long as a short epoch.
+        if time.monotonic() - self.drawn < 1 and len(history.test_accuracy) < self.epochs:
+            return
         self._show(history.train_accuracy, history.test_accuracy, history.sparsity, update=True)
 
     @style()
@@ -105,6 +109,8 @@ class LiveCurve:
         share = 100 * np.asarray(sparsity)
         ax.plot(epochs, share, color=SPARSITY, linestyle="--", label="sparsity")
         ax.set(title=text(self.title, inches=4.2), ylabel="share (%)", ylim=(-3, 103))
+        ax.set_xlim(0, self.epochs)
         _along_epochs(ax)
         figure.legend(loc="outside right center", fontsize=8)
         display(Shown(figure), display_id=self.place, update=update)
+        self.drawn = time.monotonic()

@@ -111,7 +111,7 @@ def ways_to_finetune(
     device, teacher = str(data.train_images.device), copy.deepcopy(teacher).cpu()
     jobs = {
         (name, seed): (run, device, copy.deepcopy(start).cpu(), replace(how, seed=seed), teacher)
-        for name, (start, how) in ways.items()
+        for name, (start, how) in sorted(ways.items(), key=lambda way: -way[1][1].epochs)
         for seed in range(run.profile.seed, run.profile.seed + seeds)
     }
     reached = {name: [] for name in ways}

@@ -51,20 +51,20 @@ def train_again(
 
 def in_passes(
     run: Run, data: ImageData, network: VGG, l1_lambda: float, ratios: Sequence[float],
-    on_epoch: Callable[[str], OnEpoch] = lambda label: None,
+    on_epoch: Callable[[str, int], OnEpoch] = lambda label, epochs: None,
 ) -> Iterator[tuple[float, VGG, History | None]]:  # fmt: skip
     """Cut and repair `network` at each of `ratios`; train it with the penalty before each but the
     first (Liu et al. 2017, section 3). Yields ratio, slim network and that training's history.
     `ratios` are shares of the dense network's channels; where `min_channels` forbids the last, only
-    a line is printed. `on_epoch` makes, from a training's label, the `on_epoch` of `fit`."""
+    a line is printed. `on_epoch` makes that of `fit` from a training's label and epochs."""
     history, cfg, floor = None, run.profile.cfg, run.profile.min_channels
     if ratios and num_pruned(cfg, ratios[-1]) > most_prunable(cfg, floor):
         print(f"no passes: min_channels = {floor} forbids {100 * ratios[-1]:g}%")
         return
     for k, ratio in enumerate(ratios):
         if k > 0:
-            label = f"between the passes ({k} of {len(ratios) - 1})"
-            how = {"label": label, "l1_lambda": l1_lambda, "on_epoch": on_epoch(label)}
+            label, epochs = f"between the passes ({k} of {len(ratios) - 1})", run.profile.epochs
+            how = {"label": label, "l1_lambda": l1_lambda, "on_epoch": on_epoch(label, epochs)}
             network, history = train_again(run, data, network, run.profile, "pass", **how)
         stay = sum(widths(cfg)) - num_pruned(cfg, ratio)
         of_those_left = 1 - stay / sum(widths(network.cfg))
