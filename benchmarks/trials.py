@@ -27,7 +27,7 @@ from utils.cost import macs
 from utils.engine import pick_device
 from utils.images.data import ImageData
 from utils.images.sources import load_data
-from utils.profile import Profile, get_profile
+from utils.profile import FIELDS, Profile, get_profile
 from utils.run import lab, tuning
 from utils.run.identity import Run, begin
 from utils.run.machine import describe_machine
@@ -144,14 +144,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     given = parser.parse_args()
-    profile, device = get_profile(given.profile, **settings(given.set)), pick_device()
+    try:  # before anything is trained
+        profile = get_profile(given.profile, **settings(given.set))
+        if given.ratio is not None:
+            profile = replace(profile, pruning_ratios=(given.ratio,))
+        chosen = ways(profile) if given.ways is None else given.ways
+        for way in chosen:
+            if unknown := settings(way).keys() - {*FIELDS, "same_macs", "l1_lambda"}:
+                raise ValueError(f"{way!r}: {', '.join(unknown)} is no setting of a profile")
+    except ValueError as error:
+        parser.error(str(error))
+    device = pick_device()
     recipe = re.sub(r"\W+", "_", f"{profile.name} {given.set}").strip("_")
     l1_lambda = profile.l1_lambdas[1] if given.l1_lambda is None else given.l1_lambda
-    if given.ratio is not None:
-        profile = replace(profile, pruning_ratios=(given.ratio,))
-    chosen = ways(profile) if given.ways is None else given.ways
-    for way in chosen:
-        settings(way)  # before anything is trained
     data = load_data(profile.data).to(device)
     held = data.hold_out(len(data.train_labels) // 5)
     rows = []
