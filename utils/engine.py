@@ -147,13 +147,13 @@ def seconds_per_epoch(model: nn.Module, data: ImageData, profile: Profile) -> fl
             now = time.perf_counter()
             took.append((now - start) / len(images))
             start = now
-        return statistics.median(took[1:])  # the first one warms up
+        return statistics.mean(took[1:])  # the first one warms up
 
     # Two epochs, for one may have a single batch.
     train = [data.train_batches(profile.batch_size, epoch=e, **how) for e in (0, 1)]
     test = [data.plain_batches("test", profile.test_batch_size) for _ in (0, 1)]
     with fits_in_memory("batch_size", profile.batch_size):
-        training = per_image(train, step, most=6)
+        training = per_image(train, step, most=12)
     copied.eval()
     with torch.inference_mode(), fits_in_memory("test_batch_size", profile.test_batch_size):
         testing = per_image(test, lambda images, _: copied(images), most=2)
