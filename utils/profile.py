@@ -168,6 +168,7 @@ PROFILES: dict[str, Profile] = {p.name: p for p in (
             epochs=11, batch_size=50, min_channels=8, finetune_epochs=10),
     # CIFAR-10 without a GPU: a quarter of the width, a sixteenth of the work.
     Profile(name="laptop", width=0.25, l1_lambdas=(0.0, 1e-3, 1e-2), min_channels=4,
+            schedule="cosine", nesterov=True, weight_decay=5e-4,
             multipass_ratios=(0.7, 0.83, 0.9), finetune_lr=0.1),
     # Liu et al. 2017, section 4.
     Profile(name="paper", l1_lambdas=(0.0, 1e-4), epochs=160, batch_size=64, nesterov=True,
