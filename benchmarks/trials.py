@@ -14,6 +14,7 @@ errors of its mean over the seeds.
 
 import argparse
 import ast
+import functools
 import re
 import sys
 from dataclasses import replace
@@ -34,7 +35,7 @@ from utils.run.machine import describe_machine
 from utils.store.files import write_json
 from utils.training import evaluate
 
-TRAINED, REPAIRED, BASE = "as trained", "cut and repaired", "one cut"
+TRAINED, BASE = "as trained", "one cut"
 
 
 def settings(text: str) -> dict:
@@ -73,7 +74,8 @@ def one_seed(
 ) -> list[dict]:
     """A row for the trained network, for a single cut of it, and for each of the ways `chosen`."""
     run = begin(profile, held, device, remember=False)
-    sparse = lab.train(run, held, l1_lambda)
+    network_of = functools.cache(lambda k: lab.train(run, held, k))
+    sparse = network_of(l1_lambda)
     trained = {
         "accuracy (%)": sparse.history.test_accuracy[-1],
         "MACs (M)": _macs(sparse.model, held),
@@ -85,8 +87,8 @@ def one_seed(
         k = change.pop("l1_lambda", l1_lambda)
         try:
             of_its_own = replace(run, profile=replace(run.profile, **change))
-            dense = lab.train(run, held, 0.0).model if of_its_own.profile.distillation else None
-            found = _reached(of_its_own, held, k, lab.train(run, held, k).model, dense, share)
+            dense = network_of(0.0).model if of_its_own.profile.distillation else None
+            found = _reached(of_its_own, held, k, network_of(k).model, dense, share)
         except ValueError as error:  # a floor that forbids the cut
             print(f"{way}: left out, {error}")
         else:

@@ -11,8 +11,9 @@ from typing_extensions import NotRequired, TypedDict  # as pydantic needs them b
 
 from utils.profile import Profile
 from utils.repair import RUNGS
+from utils.run.results import NOTEBOOKS as STEMS
 
-NOTEBOOKS = ("sparsity_train.ipynb", "vggprune.ipynb", "train_prune_model.ipynb")
+NOTEBOOKS = tuple(f"{name}.ipynb" for name in STEMS)
 NEEDED = (*NOTEBOOKS, "run.json", "results.json")  # what shows what a run found
 ARCHIVE = "EAI_Lab4_{student}.zip"
 REPORT = "EAI_Lab4_{student}_Report.pdf"

@@ -1,12 +1,10 @@
 """The report that is handed in: numbers, γ and the student's own text in, a PDF of A4 pages out."""
 
-import importlib
 import io
 import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from matplotlib.figure import Figure
 from coursework.handed_in import Results, cuts
 from models.vgg import VGG, widths
 from utils import plots
+from utils.plots.drawing import chinese_fonts
 from utils.repair import RUNGS
 from utils.run.identity import Run
 from utils.sparsity import EPS
@@ -102,9 +101,8 @@ class Pages:
         fonts = Path(get_data_path(), "fonts", "ttf")  # they come with matplotlib
         for family, style, file in (("text", "", ""), ("text", "B", "-Bold"), ("mono", "", "Mono")):
             pdf.add_font(family, style, fonts / f"DejaVuSans{file}.ttf")
-        for package in ("pylopdf_fonts_zh_tw", "pylopdf_fonts_zh_cn"):
-            with suppress(ImportError):
-                pdf.add_font(package, "", importlib.import_module(package).sans_path())
+        for family, file in chinese_fonts():
+            pdf.add_font(family, "", file)
         everywhere = [family for family in pdf.fonts if family == "text" or "zh" in family]
         pdf.set_fallback_fonts(everywhere, exact_match=False)
         self.known = {ord("\n")}.union(*(pdf.fonts[family].cmap for family in everywhere))

@@ -29,6 +29,12 @@ DATA = dataclasses.replace(
 )
 SHAPE = DATA.input_shape
 TEST = list(DATA.plain_batches("test", 10))
+
+
+def on_test(network: VGG) -> Evaluation:
+    return evaluate(network, TEST)
+
+
 BATCHES = list(DATA.plain_batches("train", 13))
 RUN = Run(
     tiny_profile(name="tiny", epochs=5, finetune_epochs=3, min_channels=2, seed=7),
@@ -175,7 +181,7 @@ def test_each_way_has_its_start_its_mean_and_the_deviation_of_a_sample(monkeypat
         return reversed([(key, reached[key]) for key in jobs])
 
     monkeypatch.setattr(comparison, "in_workers", in_workers)
-    rows = comparison.ways_to_finetune(RUN, DATA, ways, 2, network(9))
+    rows = comparison.ways_to_finetune(RUN, DATA, ways, 2, network(9), on_test)
     deviation = "± (standard deviation)"
     assert [list(row.values()) for row in rows] == [
         ["poor", pytest.approx(30.0), 70.5, pytest.approx(0.5**0.5), 2],
@@ -190,7 +196,7 @@ def test_each_way_has_its_start_its_mean_and_the_deviation_of_a_sample(monkeypat
 
     monkeypatch.setattr(comparison, "in_workers", fails)
     with pytest.raises(ValueError, match="no memory"):
-        comparison.ways_to_finetune(RUN, DATA, ways, 1, network(9))
+        comparison.ways_to_finetune(RUN, DATA, ways, 1, network(9), on_test)
 
 
 def test_a_way_is_trained_with_its_teacher_and_comes_to_its_last_accuracy(monkeypatch, tmp_path):
@@ -206,7 +212,8 @@ def test_a_way_is_trained_with_its_teacher_and_comes_to_its_last_accuracy(monkey
         "alone": (network(1), usual),
         "taught": (network(1), dataclasses.replace(usual, distillation=0.9)),
     }
-    rows = {row["way"]: row for row in comparison.ways_to_finetune(RUN, DATA, ways, 1, network(2))}
+    rows = comparison.ways_to_finetune(RUN, DATA, ways, 1, network(2), on_test)
+    rows = {row["way"]: row for row in rows}
     assert all(row["± (standard deviation)"] is None and row["seeds"] == 1 for row in rows.values())
     files = [load(file) for file in Path("checkpoints/tiny").glob("finetuned_*")]
     last = {"teacher" in f.settings: f.history["test_accuracy"][-1] for f in files}
@@ -236,7 +243,7 @@ def stages(tmp_path: Path) -> list[dict]:
     paths = {"ONNX float32": tmp_path / "float", "ONNX int8": tmp_path / "int"}
     in_int8 = {"dense": 55.5, "50% pruned": 44.5}
     return comparison.every_stage(
-        RUN, DATA, networks, starts, finetuned, TEST, in_int8, speed, {"50% pruned": paths}
+        RUN, DATA, networks, starts, finetuned, on_test, in_int8, speed, {"50% pruned": paths}
     )
 
 
@@ -263,11 +270,12 @@ def test_every_stage_has_its_own_numbers(tmp_path):
 
 def test_what_is_kept_of_a_fine_tuning_is_at_its_place():
     model = network(1)
-    tested = {"50% pruned": Evaluation(0.75, 66.0, 7, 10)}
+    tested = {model: Evaluation(0.75, 66.0, 7, 10)}
     starts = {"50% pruned": Start(model, 0.02, 7, 0.5)}
-    (row,) = comparison.tuned_rows(starts, {"50% pruned": Trained(model, history())}, tested)
+    tuned = {"50% pruned": Trained(model, history())}
+    (row,) = comparison.tuned_rows(starts, tuned, tested.__getitem__)
     assert (row["network"], row["pruning_ratio"], row["cfg"]) == ("50% pruned", 0.5, model.cfg)
-    assert row["test"] == tested["50% pruned"]._asdict()
+    assert row["test"] == tested[model]._asdict()
     assert {name: row[name] for name in vars(history())} == vars(history())
     json.dumps(row)
 

@@ -25,12 +25,18 @@ FONTS = (
 )
 
 
+def chinese_fonts() -> Iterator[tuple[str, Path]]:
+    """Those of requirements-handin.txt that are here: package and file of each."""
+    for package in ("pylopdf_fonts_zh_tw", "pylopdf_fonts_zh_cn"):
+        with suppress(ImportError):
+            yield package, importlib.import_module(package).sans_path()
+
+
 @functools.cache
 def _families() -> list[str]:
     """Those of FONTS that are here: matplotlib warns of each that is not."""
-    for package in ("pylopdf_fonts_zh_tw", "pylopdf_fonts_zh_cn"):  # requirements-handin.txt
-        with suppress(ImportError):
-            fontManager.addfont(importlib.import_module(package).sans_path())
+    for _, file in chinese_fonts():
+        fontManager.addfont(file)
     here = {font.name for font in fontManager.ttflist}
     return [family for family in FONTS if family in here]
 

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean, stdev
 
@@ -24,6 +24,8 @@ from utils.run.tuning import Start, finetune
 from utils.run.workers import in_workers, workers_for
 from utils.sparsity import bn_layers
 from utils.training import Evaluation, evaluate
+
+Tested = Callable[[VGG], Evaluation]  # a network on the test images
 
 
 def verdicts(
@@ -104,8 +106,9 @@ def cut_row(
 
 
 def ways_to_finetune(
-    run: Run, data: ImageData, ways: Mapping[str, tuple[VGG, Profile]], seeds: int, teacher: VGG
-) -> list[dict]:
+    run: Run, data: ImageData, ways: Mapping[str, tuple[VGG, Profile]], seeds: int, teacher: VGG,
+    tested: Tested,
+) -> list[dict]:  # fmt: skip
     """A row for each of `ways`, a start and how it is trained: mean and deviation over `seeds`,
     sorted by the accuracy reached. All are independent: as many processes as cores do them."""
     device, teacher = str(data.train_images.device), copy.deepcopy(teacher).cpu()
@@ -120,9 +123,8 @@ def ways_to_finetune(
         if isinstance(accuracy, Exception):
             raise accuracy
         reached[name].append(accuracy)
-    test = list(data.plain_batches("test", run.profile.test_batch_size))
     rows = [
-        {"way": name, "before (%)": evaluate(start, test).accuracy}
+        {"way": name, "before (%)": tested(start).accuracy}
         | {"fine-tuned (%)": mean(reached[name])}
         | {"± (standard deviation)": stdev(reached[name]) if seeds > 1 else None, "seeds": seeds}
         for name, (start, _) in ways.items()
@@ -141,7 +143,7 @@ def _tuned(job: tuple[Run, str, VGG, Profile, VGG]) -> float:
 
 def every_stage(
     run: Run, data: ImageData, networks: Mapping[float, Trained], starts: Mapping[str, Start],
-    finetuned: Mapping[str, Trained], test: list,
+    finetuned: Mapping[str, Trained], tested: Tested,
     in_int8: Mapping[str, float], speed: Sequence[dict], files: Files,
 ) -> list[dict]:  # fmt: skip
     """A row for each network of the lab, in the order in which they came about: dense, sparse,
@@ -155,7 +157,7 @@ def every_stage(
             "stage": stage,
             "epochs so far": epochs,
             "raw cut (%)": raw,
-            "test accuracy (%)": evaluate(network, test).accuracy,
+            "test accuracy (%)": tested(network).accuracy,
             "int8 (%)": in_int8.get(shape) if stage in ("dense", "finetuned") else None,
             **_size(network, data.input_shape),
             **{f"batch of {size} (ms)": latency[shape, size] for size in IMAGES.values()},
@@ -176,11 +178,11 @@ def every_stage(
 
 
 def tuned_rows(
-    starts: Mapping[str, Start], finetuned: Mapping[str, Trained], tested: Mapping[str, Evaluation]
+    starts: Mapping[str, Start], finetuned: Mapping[str, Trained], tested: Tested
 ) -> list[dict]:
     """What results.json keeps of each fine-tuning."""
     return [
         {"network": name, "pruning_ratio": starts[name].pruning_ratio, "cfg": model.cfg}
-        | {**vars(history), "test": tested[name]._asdict()}
+        | {**vars(history), "test": tested(model)._asdict()}
         for name, (model, history) in finetuned.items()
     ]
